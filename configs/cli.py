@@ -1,0 +1,88 @@
+"""The command line of every verb: Hydra's compose API, one argparse front end, errors of one line.
+
+Hydra's own @main is not used: it takes no positional argument, prints several lines an error and creates folders.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 3 halted by a gate, 75 preempted (saved).
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from configs import schema
+
+DONE, FAILED, BAD_INPUT, HALTED, PREEMPTED = 0, 1, 2, 3, 75
+
+
+def parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """A parser for `python -m infinite_jax.<verb>`; the verb adds its own positional arguments."""
+    return argparse.ArgumentParser(
+        prog=f"python -m infinite_jax.{verb}",
+        description=description,
+        epilog="key=value overrides the configuration (configs/config.yaml lists the keys); group=name picks a file of "
+        "configs/<group>/, such as curriculum=uniform.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config_arguments(arguments: argparse.ArgumentParser) -> None:
+    arguments.add_argument("--config-name", default="config", metavar="NAME", help="base file: config, grpo, or yours")
+    arguments.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """Within it, what the user gave is read and checked: a ValueError or missing file is one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from error
+
+
+def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> schema.Config:
+    """Composes YAML and overrides into a Config. Raises ValueError, one line, on anything that does not fit."""
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"argument {override!r}: expected key=value, such as run.steps=100")
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"--config-dir {folder}: no such folder")
+    GlobalHydra.instance().clear()
+    if folder is None:
+        context, search = initialize_config_module("configs", version_base="1.3"), []
+    else:
+        context = initialize_config_dir(str(Path(folder).absolute()), version_base="1.3")
+        search = ["hydra.searchpath=[pkg://configs]"]
+    try:
+        with context:
+            composed = compose(name.removesuffix(".yaml"), overrides=[*overrides, *search])
+            data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(_one_line(error, overrides)) from error
+    return schema.build(schema.Config, data)
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's paragraph as one line with the nearest key or option."""
+    text = str(error)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found.group(1)
+        value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(key + "=")), "")
+        return f"unknown key {key}={value}: {schema.nearest(key, schema.known_keys())}"
+    if found := re.search(r"Could not find '([^'/]+)/([^']+)'.*?Available options in '[^']+':(.*?)\n\s*\n", text + "\n\n", re.S):
+        group, option, available = found.groups()
+        return f"{group}={option}: no such option; {schema.nearest(option, available.split())}"
+    if found := re.search(r"Cannot find primary config '([^']+)'", text):
+        return f"--config-name {found.group(1)}: no such file; use config, grpo, or a file of --config-dir"
+    return " ".join(text.split())

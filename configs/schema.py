@@ -1,0 +1,264 @@
+"""The schema of a run's configuration. YAML under configs/ holds the numbers; a key missing here fails there.
+
+Every part of the house owns its section; this file adds those of the loop itself and composes them.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from curriculum.domains import DomainConfig
+from curriculum.policies import CurriculumConfig
+from models.source import ModelConfig
+from rubric.evaluator import RubricConfig
+from sharding.mesh import MeshConfig, axis_sizes
+
+MAX_BUCKETS = 3  # each bucket is one compilation of rollout, scoring and update
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str  # "" = runs/<name>-<UTC time>
+    name: str
+    seed: int
+    steps: int  # updates in all, a bound of the loop and of nothing else
+    eval_every: int  # steps; the last step is always evaluated
+    checkpoint_every: int  # steps; the last step is always saved
+    keep_last: int  # newest checkpoints kept
+    keep_best: int  # best checkpoints kept, by eval/macro
+    deterministic: bool  # on a GPU: deterministic operations, at a cost in speed
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    prompts: int  # P, prompts a step
+    group_size: int  # G, samples of each prompt
+    prompt_buckets: tuple[int, ...]  # tokens; ascending, at most three; longer prompts are refused at the start
+    max_new_tokens: int  # tokens of a completion
+    temperature: float  # > 0
+    top_k: int  # 0 = off
+    top_p: float  # 1 = off
+    advantage: str  # std | none | loo | global
+    clip_low: float
+    clip_high: float
+    importance_cap: float  # truncation of the sampler-to-trainer weight; 0 = off
+    aggregation: str  # token_mean | seq_mean | seq_sum_const
+    zero_variance: str  # keep | drop: whether groups without a difference stay in the denominators
+    kl_type: str  # loss | reward | none
+    kl_estimator: str  # k1 | k2 | k3 | k3_is
+    kl_coef: float
+    entropy_coef: float
+    microbatches: int  # gradient accumulation
+    learning_rate: float
+    lr_warmup_steps: int
+    lr_decay_steps: int  # 0 = constant
+    weight_decay: float
+    adam_b1: float
+    adam_b2: float
+    adam_eps: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    batch: int  # prompts at a time
+    prompts: int  # test prompts a domain, the first of its file; 0 = all
+    samples: int  # 1 = greedy only; more adds pass@1 at temperature 1 over so many samples
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    domains: tuple[DomainConfig, ...]
+    curriculum: CurriculumConfig
+    rubric: RubricConfig
+    algorithm: AlgorithmConfig
+    eval: EvalConfig
+    mesh: MeshConfig
+
+
+# Keys whose change at resume is harmless: they bound or place the run and enter no computation.
+FREE_AT_RESUME = ("run.dir", "run.steps", "run.eval_every", "run.checkpoint_every", "run.keep_last", "run.keep_best", "mesh")
+
+CHOICES = {
+    "algorithm.advantage": ("std", "none", "loo", "global"),
+    "algorithm.aggregation": ("token_mean", "seq_mean", "seq_sum_const"),
+    "algorithm.zero_variance": ("keep", "drop"),
+    "algorithm.kl_type": ("loss", "reward", "none"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3", "k3_is"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+}
+
+AT_LEAST = {
+    "run.steps": 0,
+    "run.eval_every": 1,
+    "run.checkpoint_every": 1,
+    "run.keep_last": 1,
+    "run.keep_best": 0,
+    "algorithm.prompts": 1,
+    "algorithm.group_size": 2,
+    "algorithm.max_new_tokens": 1,
+    "algorithm.top_k": 0,
+    "algorithm.clip_low": 0,
+    "algorithm.clip_high": 0,
+    "algorithm.importance_cap": 0,
+    "algorithm.kl_coef": 0,
+    "algorithm.microbatches": 1,
+    "algorithm.learning_rate": 0,
+    "algorithm.lr_warmup_steps": 0,
+    "algorithm.lr_decay_steps": 0,
+    "algorithm.weight_decay": 0,
+    "eval.batch": 1,
+    "eval.prompts": 0,
+    "eval.samples": 1,
+}
+
+ABOVE_ZERO = ("algorithm.temperature", "algorithm.top_p", "algorithm.max_grad_norm", "algorithm.adam_eps")
+
+
+def build(cls: type, data: object, key: str = "") -> Any:
+    """A `cls` (dataclass, tuple of them, or scalar type) from plain YAML data.
+
+    Raises ValueError, one line with key, value and remedy, on an unknown or missing key and on a wrong type.
+    """
+    if dataclasses.is_dataclass(cls):
+        if not isinstance(data, dict):
+            raise ValueError(f"{key}={data!r}: expected a mapping with the keys {', '.join(_fields(cls))}")
+        for name in data:
+            if name not in _fields(cls):
+                raise ValueError(f"unknown key {_join(key, name)}={data[name]!r}: {nearest(name, _fields(cls))}")
+        for name, spec in _fields(cls).items():
+            if name not in data and spec.default is dataclasses.MISSING:
+                raise ValueError(f"missing key {_join(key, name)}: set {_join(key, name)}=...")
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: build(hints[name], value, _join(key, name)) for name, value in data.items()})
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ValueError(f"{key}={data!r}: expected a list")
+        return tuple(build(args[0], value, f"{key}[{i}]") for i, value in enumerate(data))
+    if origin in (types.UnionType, typing.Union):
+        return None if data is None else build(args[0], data, key)
+    if cls is float and type(data) is int:
+        return float(data)
+    if type(data) is not cls:
+        raise ValueError(f"{key}={data!r}: expected {_ARTICLE[cls]}")
+    return data
+
+
+_ARTICLE = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        key = _join(prefix, name)
+        keys += known_keys(hint, key) if dataclasses.is_dataclass(hint) else [key]
+    return keys
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def _join(prefix: str, name: object) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def validate(config: Config, num_devices: int) -> None:
+    """Raises ValueError, one line, on values that no run can use. Nothing has been compiled or read by then."""
+    for key, choices in CHOICES.items():
+        if (value := get(config, key)) not in choices:
+            raise ValueError(f"{key}={value!r}: expected one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if (value := get(config, key)) < least:
+            raise ValueError(f"{key}={value}: must be at least {least}" + _why(key))
+    for key in ABOVE_ZERO:
+        if (value := get(config, key)) <= 0:
+            raise ValueError(f"{key}={value}: must be above 0")
+    if config.algorithm.top_p > 1:
+        raise ValueError(f"algorithm.top_p={config.algorithm.top_p}: must be at most 1 (1 = off)")
+    buckets = config.algorithm.prompt_buckets
+    if not 1 <= len(buckets) <= MAX_BUCKETS or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(
+            f"algorithm.prompt_buckets={list(buckets)}: give one to {MAX_BUCKETS} ascending lengths, such as [64, 128]"
+        )
+    data, fsdp, _, _ = axis_sizes(config.mesh, num_devices)
+    parts = data * fsdp * config.algorithm.microbatches
+    rows = config.algorithm.prompts * config.algorithm.group_size
+    if rows % parts:
+        raise ValueError(
+            f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
+            f"microbatches {config.algorithm.microbatches} = {parts}: set algorithm.prompts to a multiple of {parts}"
+        )
+    if not any(not domain.eval_only for domain in config.domains):
+        raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
+
+
+def _why(key: str) -> str:
+    return " (the advantage compares samples of one prompt)" if key == "algorithm.group_size" else ""
+
+
+def get(config: Config, key: str) -> Any:
+    """The value under a dotted key: get(config, "run.steps")."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """`config` with key=value assignments, values in YAML. Raises ValueError, one line, on an unknown key."""
+    data = as_dict(config)
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or key not in known_keys():
+            raise ValueError(f"argument {assignment!r}: expected key=value; {nearest(key, known_keys())}")
+        *sections, name = key.split(".")
+        functools.reduce(dict.__getitem__, sections, data)[name] = yaml.safe_load(value)
+    return build(Config, data)
+
+
+def as_dict(config: Config) -> dict:
+    """Plain data for YAML and JSON; build(Config, as_dict(config)) == config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value for every leaf; lists are leaves."""
+
+    def walk(data, prefix):
+        for name, value in data.items():
+            if isinstance(value, dict):
+                yield from walk(value, _join(prefix, name))
+            else:
+                yield _join(prefix, name), value
+
+    return dict(walk(as_dict(config), ""))
+
+
+def config_hash(config: Config) -> str:
+    """sha256 over every key that enters a computation (not FREE_AT_RESUME, not run.name)."""
+    kept = {key: value for key, value in flat(config).items() if not covers(FREE_AT_RESUME, key) and key != "run.name"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def covers(keys: Iterable[str], key: str) -> bool:
+    """Whether `key` is one of `keys` or lies in a section that is."""
+    return any(key == each or key.startswith(each + ".") for each in keys)

@@ -1,0 +1,121 @@
+"""Domains: their configuration, their rows, and the order in which a run goes through the rows.
+
+Rows come from the sources of sources.py. The order is Grain's: a shuffled MapDataset with random access, so a run's
+position in its data is one number a domain, and no iterator has to be saved.
+
+    python -m curriculum.domains SOURCE [--head N]      prints the rows of a source as JSON lines
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import grain
+
+from curriculum.generators import Row
+from curriculum.sources import GENERATORS, read
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    name: str  # unique; the <domain> of metrics
+    train: str | None = None  # source of training rows; not needed, and not read, where eval_only
+    test: str | None = None  # source of held-out rows
+    environment: str = "eq"  # what grades a reply: a grader of rubric/
+    rubric: str | None = None  # None = the environment's own
+    weight: float = 1.0  # above 0; multiplies the domain's share
+    new: bool = False  # in an upgrade: to be learned, not to be kept
+    eval_only: bool = False  # no training prompts, share 0
+    arrives: int = 0  # first step that may train on it
+
+
+class Domain(NamedTuple):
+    name: str
+    config: DomainConfig
+    train_rows: list[Row]  # empty where eval_only
+    test_rows: list[Row]
+
+
+def check(configs: Sequence[DomainConfig]) -> None:
+    """Raises ValueError, one line that begins with the key, on values that no run can use. Reads nothing."""
+    first: dict[str, int] = {}
+    for i, config in enumerate(configs):
+        where = f"domains[{i}]"
+        if not config.name:
+            raise ValueError(f"{where}.name={config.name!r}: metrics carry the name, give one")
+        if first.setdefault(config.name, i) != i:
+            raise ValueError(f"{where}.name={config.name!r}: domains[{first[config.name]}] has this name, rename one")
+        if not config.train and not config.eval_only:
+            raise ValueError(f"{where}.train={config.train!r}: give a source of training rows, or set eval_only: true")
+        if not config.test:
+            raise ValueError(f"{where}.test={config.test!r}: give a source of held-out rows")
+        if not 0 < config.weight < float("inf"):
+            raise ValueError(f"{where}.weight={config.weight}: must be above 0; for share 0 set eval_only: true")
+        if config.arrives < 0:
+            raise ValueError(f"{where}.arrives={config.arrives}: must be a step, 0 or more")
+        _check_environment(config, where)
+
+
+def _check_environment(config: DomainConfig, where: str) -> None:
+    """Generated rows under the default grader, where theirs is another: nothing would fail, and every grade be 1."""
+    for source in (config.train, config.test):
+        if source and source.startswith("gen:"):
+            made_for = GENERATORS.get(source.removeprefix("gen:").split(",")[0])
+            if made_for and config.environment == "eq" and made_for.environment != "eq":
+                raise ValueError(
+                    f"{where}.environment={config.environment!r}: the rows of {source} are made for "
+                    f"{made_for.environment}, set environment: {made_for.environment}"
+                )
+
+
+def load(configs: Sequence[DomainConfig], base: str | os.PathLike | None = None) -> list[Domain]:
+    """Checks and reads all domains; relative paths are taken from `base` (default: the working directory).
+
+    Raises ValueError or FileNotFoundError, one line: the key that is wrong, or file:line of a row.
+    """
+    check(configs)
+    domains = []
+    for config in configs:
+        train_rows = [] if config.eval_only else read(config.train, base)
+        domains.append(Domain(config.name, config, train_rows, read(config.test, base)))
+    return domains
+
+
+def shuffled(rows: Sequence[Row], seed: int, name: str) -> grain.MapDataset:
+    """The rows of domain `name` in endless shuffled order, any position of which can be read: shuffled(...)[i].
+
+    Position i lies in epoch i // len(rows), and every epoch is a permutation of its own. What stands at i depends on
+    rows, seed, name and i alone. Raises ValueError when there are no rows.
+    """
+    if not rows:
+        raise ValueError(f"domain {name!r} has no rows to go through: give it a source of training rows")
+    domain_seed = zlib.crc32(f"{seed} {name}".encode())  # not hash(), which differs from process to process
+    return grain.MapDataset.source(rows).seed(domain_seed).shuffle().repeat()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m curriculum.domains",
+        description="Prints the rows of a source as JSON lines: checks a file, shows or writes out a generated domain.",
+        epilog=f"gen:NAME[,difficulty=1][,split=train|test][,size=N][,seed=0] with NAME one of {', '.join(GENERATORS)}",
+    )
+    parser.add_argument("source", help="file.json, .jsonl, .csv or .parquet; split@hub-name; gen:NAME,...")
+    parser.add_argument("--head", type=int, metavar="N", help="only the first N rows")
+    arguments = parser.parse_args()
+    try:
+        rows = read(arguments.source)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    for row in itertools.islice(rows, arguments.head):
+        print(json.dumps(row, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Held-out pass rates of a run's checkpoint or of any model, with 95 % intervals.
+
+    python -m infinite_jax.evaluate RUN_DIR [step=best|N] [eval.*=...] [mesh.*=...]
+    python -m infinite_jax.evaluate model.path=DIR [--config-name NAME] [--config-dir DIR] [key=value ...]
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs import cli
+from infinite_jax import heldout, run_folder
+from infinite_jax.progress import results_table
+from infinite_jax.session import open_session, set_up_runtime
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = cli.parser("evaluate", __doc__)
+    cli.add_config_arguments(arguments)
+    given = arguments.parse_args(argv)
+    with cli.bad_input():
+        if given.overrides and "=" not in given.overrides[0]:
+            step, overrides = run_folder.take_step(given.overrides[1:])
+            run_dir = Path(given.overrides[0])
+            config = run_folder.load_config(run_dir, overrides, also_free=("eval",))
+        else:
+            run_dir, config = None, cli.compose_config(given.config_name, given.config_dir, given.overrides)
+        set_up_runtime(config)
+        session = open_session(config)
+        state = session.state
+        if run_dir is not None:
+            number, state = run_folder.restore(run_dir, state, step)
+            print(f"{run_dir}, step {number}")
+    with session.grader:
+        results = session.evaluator.run(state.train.params)
+    print(results_table(results))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Writes a run's policy as a Hugging Face folder: weights, config, tokenizer, chat template.
+
+    python -m infinite_jax.export RUN_DIR OUT [step=best|N]
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs import cli
+from infinite_jax import run_folder
+from infinite_jax.session import open_session
+from models import hf
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = cli.parser("export", __doc__)
+    arguments.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    arguments.add_argument("out", type=Path, metavar="OUT")
+    arguments.add_argument("overrides", nargs="*", metavar="step=best|N", help="default: the newest; or mesh.*=...")
+    given = arguments.parse_args(argv)
+    with cli.bad_input():
+        step, overrides = run_folder.take_step(given.overrides)
+        if given.out.exists() and any(given.out.iterdir()):
+            raise ValueError(f"{given.out} is not empty: name another folder")
+        session = open_session(run_folder.load_config(given.run_dir, overrides))
+        session.grader.close()
+        number, state = run_folder.restore(given.run_dir, session.state, step)
+    hf.save(session.decoder, state.train.params, given.out)
+    session.tokenizer.save_pretrained(given.out)
+    print(f"step {number} of {given.run_dir} -> {given.out}")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

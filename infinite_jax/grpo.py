@@ -1,0 +1,198 @@
+"""GRPO as pure functions: advantages, KL estimators, the clipped loss and the update.
+
+    rho = exp(logp - logp_old),   L_t = -w_t min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
+    loss = sum_t weight_t (L_t + kl_coef KL_t - entropy_coef H_t)
+
+Group-relative advantages and the clipped objective: DeepSeekMath (arXiv 2402.03300, eq. 3-4). `norm=none` and
+`seq_sum_const`: Dr. GRPO (2503.20783). `token_mean` and a higher upper clip: DAPO (2503.14476). k1, k2, k3: Schulman,
+"Approximating KL divergence" (2020). The truncated weight w = min(exp(logp_old - logp_beh), cap) corrects for a sampler
+whose numerics differ from the trainer's.
+
+Every denominator is global: `token_weights` is computed once from the whole batch, before micro-batches are cut, so a
+split batch has the gradient of the whole.
+"""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from configs.schema import AlgorithmConfig
+from infinite_jax.types import Batch, Params, TrainState
+
+MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: a larger ratio is clipped anyway, and float32 stays finite
+MAX_KL_GAP = 10.0  # exp(10): k3 of a larger gap only makes the loss overflow
+
+
+def group_advantage(reward_PG: jax.Array, valid_PG: jax.Array, norm: str) -> jax.Array:
+    """Advantage of each sample against its group's valid samples; 0 for invalid ones, float32 [P, G].
+
+    norm: `std` (r - mean) / (std + 1e-6) with the population standard deviation, `none` r - mean, `loo` r minus the
+    mean of the others, `global` (r - mean) / (std of that over the batch + 1e-6). A group whose rewards all agree
+    (range below 1e-8) gets exactly 0, whatever float noise its mean carries.
+    """
+    chex.assert_rank([reward_PG, valid_PG], 2)
+    valid = valid_PG.astype(jnp.float32)
+    reward = jnp.where(valid_PG, reward_PG.astype(jnp.float32), 0.0)
+    n_P1 = jnp.maximum(valid.sum(1, keepdims=True), 1.0)
+    centred = (reward - reward.sum(1, keepdims=True) / n_P1) * valid
+    spread = jnp.where(valid_PG, reward, -jnp.inf).max(1) - jnp.where(valid_PG, reward, jnp.inf).min(1)
+    centred = jnp.where((spread > 1e-8)[:, None], centred, 0.0)
+    if norm == "none":
+        return centred
+    if norm == "std":
+        return centred / (jnp.sqrt((centred**2).sum(1, keepdims=True) / n_P1) + 1e-6)
+    if norm == "loo":
+        return centred * n_P1 / jnp.maximum(n_P1 - 1.0, 1.0)
+    if norm == "global":
+        return centred / (jnp.sqrt((centred**2).sum() / jnp.maximum(valid.sum(), 1.0)) + 1e-6)
+    raise ValueError(f"algorithm.advantage={norm!r} is not one of std, none, loo, global")
+
+
+def kl_estimate(logp: jax.Array, logp_ref: jax.Array, kind: str, ratio: jax.Array | float = 1.0) -> jax.Array:
+    """Per-token estimate of KL(policy || reference) from tokens drawn by the policy; elementwise, float32.
+
+    With d = logp_ref - logp: k1 = -d, k2 = d^2 / 2, k3 = expm1(d) - d >= 0, k3_is = ratio k3. As a *loss* k1 has zero
+    expected gradient and k3 the gradient of the forward KL; k2 and k3_is (ratio differentiated) have the right one.
+    """
+    gap = logp_ref - logp
+    if kind == "k1":
+        return -gap
+    if kind == "k2":
+        return 0.5 * gap**2
+    gap = jnp.clip(gap, -MAX_KL_GAP, MAX_KL_GAP)
+    k3 = jnp.expm1(gap) - gap
+    if kind == "k3":
+        return k3
+    if kind == "k3_is":
+        return ratio * k3
+    raise ValueError(f"algorithm.kl_estimator={kind!r} is not one of k1, k2, k3, k3_is")
+
+
+def token_weights(mask_BT: jax.Array, kind: str, max_new_tokens: int) -> jax.Array:
+    """Weight of each token in the loss, float32 [B, T], from the masks of the WHOLE batch.
+
+    token_mean 1 / sum m; seq_mean 1 / (rows x tokens of the row); seq_sum_const 1 / (rows x max_new_tokens). Rows
+    without a masked token count nowhere; a batch without any gives 0, not NaN.
+    """
+    mask = mask_BT.astype(jnp.float32)
+    tokens_B1 = mask.sum(1, keepdims=True)
+    rows = jnp.maximum((tokens_B1 > 0).sum(), 1)
+    if kind == "token_mean":
+        return mask / jnp.maximum(mask.sum(), 1.0)
+    if kind == "seq_mean":
+        return mask / (rows * jnp.maximum(tokens_B1, 1.0))
+    if kind == "seq_sum_const":
+        return mask / (rows * max_new_tokens)
+    raise ValueError(f"algorithm.aggregation={kind!r} is not one of token_mean, seq_mean, seq_sum_const")
+
+
+def penalised_reward(reward_B, logp_BT, logp_ref_BT, mask_BT, kl_coef: float, kind: str) -> jax.Array:
+    """Reward less kl_coef times the summed KL estimate of the row's own tokens (KL in the reward), float32 [B]."""
+    kl_BT = kl_estimate(logp_BT, logp_ref_BT, kind)
+    return reward_B - kl_coef * jnp.sum(jnp.where(mask_BT, kl_BT, 0.0), axis=1)
+
+
+def token_loss(config: AlgorithmConfig, logp_BT, entropy_BT, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of each token before weighting, and the per-token diagnostics, all float32 [B, T]."""
+    log_ratio = jnp.clip(logp_BT - batch.logp_old_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
+    advantage = batch.advantage_BT * batch.lr_scale_B[:, None]
+    gain = jnp.minimum(ratio * advantage, clipped * advantage)
+    sampler_gap = batch.logp_old_BT - batch.logp_beh_BT
+    weight = jnp.minimum(jnp.exp(sampler_gap), config.importance_cap) if config.importance_cap > 0 else 1.0
+    kl = kl_estimate(logp_BT, batch.logp_ref_BT, config.kl_estimator, ratio)
+    loss = -weight * gain - config.entropy_coef * entropy_BT
+    if config.kl_type == "loss":
+        loss = loss + batch.kl_coef_B[:, None] * kl
+    diagnostics = {
+        "policy/kl": kl_estimate(logp_BT, batch.logp_ref_BT, "k3"),
+        "policy/entropy": entropy_BT,
+        "policy/clip_fraction": (ratio * advantage > gain).astype(jnp.float32),
+        "policy/ratio": ratio,
+        "rollout/logp_gap": jnp.abs(sampler_gap),
+    }
+    return loss, jax.lax.stop_gradient(diagnostics)
+
+
+def microbatches(batch, num: int):
+    """Cuts axis 0 of every leaf into `num` interleaved parts, [B, ...] -> [num, B / num, ...].
+
+    Interleaved, so that each part holds rows of every device and no row moves between devices.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, num, *x.shape[1:]), 0, 1), batch)
+
+
+LogpFn = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# (params, tokens_BT, loss_mask_BT) -> (logp_BT, entropy_BT)
+
+
+def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params, batch: Batch):
+    """Loss, diagnostics and gradient of the whole batch, accumulated over config.microbatches, gradient in float32."""
+    chex.assert_type([batch.logp_old_BT, batch.logp_beh_BT, batch.advantage_BT], jnp.float32)
+    weight_BT = token_weights(batch.loss_mask_BT, config.aggregation, config.max_new_tokens)
+    mean_BT = token_weights(batch.loss_mask_BT, "token_mean", 1)
+
+    def part(params, inputs):
+        batch, weight_BT, mean_BT = inputs
+        logp_BT, entropy_BT = logp_fn(params, batch.tokens_BT, batch.loss_mask_BT)
+        loss_BT, diagnostics = token_loss(config, logp_BT, entropy_BT, batch)
+        # where, not multiplication: a masked token may hold an infinity, and 0 x inf is NaN
+        total = jnp.sum(jnp.where(weight_BT > 0, weight_BT * loss_BT, 0.0))
+        means = {name: jnp.sum(jnp.where(mean_BT > 0, mean_BT * x, 0.0)) for name, x in diagnostics.items()}
+        return total, means
+
+    value_and_grad = jax.value_and_grad(part, has_aux=True)
+    inputs = (batch, weight_BT, mean_BT)
+    if config.microbatches == 1:
+        (loss, means), grads = value_and_grad(params, inputs)
+        return loss, means, grads
+
+    def accumulate(total, inputs):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, inputs)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], microbatches(inputs, config.microbatches)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    ((loss, means), grads), _ = jax.lax.scan(accumulate, zeros, microbatches(inputs, config.microbatches))
+    return loss, means, grads
+
+
+def learning_rate(config: AlgorithmConfig, step: jax.Array) -> jax.Array:
+    """Linear warm-up over lr_warmup_steps, then constant, or linear to 0 at lr_decay_steps (0: never). Absolute steps."""
+    warmup = jnp.minimum(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
+    decay = jnp.clip(1.0 - step / config.lr_decay_steps, 0.0, 1.0) if config.lr_decay_steps else 1.0
+    return config.learning_rate * warmup * decay
+
+
+def optimizer(config: AlgorithmConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019) up to the learning rate, which train_step applies from the absolute step."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def train_step(
+    config: AlgorithmConfig, logp_fn: LogpFn, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. A non-finite loss or gradient leaves parameters and moments untouched and counts as skipped."""
+    loss, metrics, grads = loss_and_grad(config, logp_fn, state.params, batch)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    rate = learning_rate(config, state.step)
+    params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    new = TrainState(keep(params, state.params), keep(opt_state, state.opt_state), state.step + 1)
+    metrics |= {
+        "loss": loss,
+        "policy/grad_norm": grad_norm,
+        "policy/learning_rate": rate,
+        "policy/skipped": 1.0 - finite.astype(jnp.float32),
+    }
+    return new, metrics

@@ -1,0 +1,79 @@
+"""A run's folder: its name, and config.yaml with what is needed to trust a continuation."""
+
+import datetime
+import os
+from pathlib import Path
+
+import yaml
+
+from configs import schema
+from configs.schema import Config
+from infinite_jax.checkpoint import Checkpointer
+from infinite_jax.types import RunState
+from models import source
+
+
+def claim(config: Config) -> Path:
+    """Makes run.dir (default runs/<name>-<UTC time>). Raises ValueError if it holds anything."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.run.dir or f"runs/{config.run.name}-{stamp}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"run.dir={folder} is not empty: continue it with `python -m infinite_jax.resume {folder}` or name another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_config(folder: Path, config: Config) -> None:
+    """config.yaml: the resolved configuration, its hash, and the hash of the weights that are the KL reference."""
+    provenance = {"config_hash": schema.config_hash(config), "reference_sha256": source.content_hash(config.model.path)}
+    text = yaml.safe_dump(schema.as_dict(config) | {"provenance": provenance}, sort_keys=False)
+    scratch = folder / "config.yaml.tmp"
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, folder / "config.yaml")
+
+
+def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] = ()) -> Config:
+    """The run's configuration with `overrides`, of which only schema.FREE_AT_RESUME and `also_free` may differ.
+
+    Raises ValueError, one line, when the folder is no run, a fixed key is changed, the file was edited or the
+    reference weights are not those that the run began with.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.yaml there, so this is no run directory")
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    provenance = data.pop("provenance")
+    saved = schema.build(Config, data)
+    if schema.config_hash(saved) != provenance["config_hash"]:
+        raise ValueError(f"{path}: edited since the run began (hash differs): undo the edit, or start another run")
+    config = schema.override(saved, overrides)
+    before, after = schema.flat(saved), schema.flat(config)
+    free = (*schema.FREE_AT_RESUME, *also_free)
+    for key in before:
+        if before[key] != after[key] and not schema.covers(free, key):
+            raise ValueError(f"{key}={after[key]}: the run has {before[key]}; only {', '.join(free)} may change")
+    found = source.content_hash(config.model.path)
+    if found != provenance["reference_sha256"]:
+        raise ValueError(
+            f"model.path={config.model.path}: its weights (sha256 {found[:12]}) are not those the run began with "
+            f"({provenance['reference_sha256'][:12]}): put the original model back"
+        )
+    return config
+
+
+def take_step(overrides: list[str]) -> tuple[int | str | None, list[str]]:
+    """Splits step=best or step=N off a verb's arguments; None = the newest. Raises ValueError on another value."""
+    steps = [item.removeprefix("step=") for item in overrides if item.startswith("step=")]
+    rest = [item for item in overrides if not item.startswith("step=")]
+    if not steps or steps[-1] == "best":
+        return (steps[-1] if steps else None), rest
+    if not steps[-1].isdecimal():
+        raise ValueError(f"step={steps[-1]}: expected best or a step number")
+    return int(steps[-1]), rest
+
+
+def restore(folder: Path, state: RunState, step: int | str | None) -> tuple[int, RunState]:
+    """The newest, best or given step that is intact, onto the shardings of `state`."""
+    return Checkpointer(folder / "checkpoints", keep_last=1, keep_best=0).restore(state, step)

@@ -1,0 +1,96 @@
+"""The main job.
+
+    python -m infinite_jax.train [--config-name NAME] [--config-dir DIR] [key=value ...]
+
+With no argument: the embedded model on the embedded domains, minutes on two CPU cores, no network.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs import cli
+from infinite_jax import heldout, record, run_folder
+from infinite_jax.checkpoint import Checkpointer
+from infinite_jax.progress import Progress, before_after
+from infinite_jax.session import Session, open_session, set_up_runtime
+from infinite_jax.types import RunState
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = cli.parser("train", __doc__.splitlines()[0])
+    cli.add_config_arguments(arguments)
+    given = arguments.parse_args(argv)
+    with cli.bad_input():
+        config = cli.compose_config(given.config_name, given.config_dir, given.overrides)
+        run_dir = run_folder.claim(config)
+        set_up_runtime(config)
+        session = open_session(config)
+        run_folder.save_config(run_dir, config)
+    with session.grader:
+        return train(session, run_dir, session.state, start=0)
+
+
+def train(session: Session, run_dir: Path, state: RunState, start: int) -> int:
+    """Steps start + 1 .. run.steps. Returns the exit code: 0 done, 75 stopped by SIGTERM or Ctrl-C after saving."""
+    run, stop = session.config.run, StopSignal()
+    checkpoints = Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best)
+    compilations = record.CompilationCounter()
+    with record.RunLog(run_dir) as log, Progress(session.names, run.steps, start) as progress, stop:
+        if start == 0:
+            metrics = evaluate(session, state)
+            log.write(0, metrics)
+            progress.show(0, metrics)
+            save(checkpoints, log, 0, state, metrics)
+        for step in range(start + 1, run.steps + 1):
+            state, done = session.trainer.step(state)
+            last, metrics = step == run.steps, done.metrics
+            if last or step % run.eval_every == 0:
+                metrics |= evaluate(session, state)
+            metrics |= compilations.since_last() | record.memory()
+            log.write(step, metrics)
+            progress.show(step, metrics)
+            if last or stop.asked or step % run.checkpoint_every == 0:
+                save(checkpoints, log, step, state, metrics)
+            if stop.asked and not last:
+                break
+        checkpoints.close()
+    if stop.asked and not last:
+        print(f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}")
+        return cli.PREEMPTED
+    print(before_after(session.names, record.read(run_dir / "metrics.jsonl"), session.evaluator.test_sizes))
+    print(f"run: {run_dir}")
+    return cli.DONE
+
+
+def evaluate(session: Session, state: RunState) -> dict:
+    return heldout.metrics(session.evaluator.run(state.train.params))
+
+
+def save(checkpoints: Checkpointer, log: record.RunLog, step: int, state: RunState, metrics: dict) -> None:
+    log.sync()  # a saved step must not be ahead of its row
+    checkpoints.save(step, state, metrics.get("eval/macro"))
+
+
+class StopSignal:
+    """Within it, SIGTERM or the first Ctrl-C asks the loop to save and stop; the next Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, number: int, _frame) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

