@@ -22,6 +22,7 @@ setup(
         "tensorboardX",
         "hydra-core",
         "safetensors",
+        "scipy",
         "rich",
     ],
     extras_require={

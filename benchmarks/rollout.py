@@ -106,10 +106,14 @@ def main() -> None:
     config = type(config)(**(vars(config) | {"dtype": dtype}))
     params = policy.init(config, jax.random.key(0))
     tokens = given.rows * given.new
-    rows = [(f"this engine, {given.rows // g} prompts x {g}", g, ours(config, params, given.rows, g, *work)) for g in (1, 8)]
+    rows = [
+        (f"this engine, {given.rows // g} prompts x {g}", g, ours(config, params, given.rows, g, *work)) for g in (1, 8)
+    ]
     if not given.no_torch:
         rows.append(("transformers generate", 1, theirs(given.rows, *work)))
-    print(f"{jax.devices()[0].device_kind}, {given.rows} rows, {given.prompt} + {given.new} tokens, median of {given.repeats}")
+    print(
+        f"{jax.devices()[0].device_kind}, {given.rows} rows, {given.prompt} + {given.new} tokens, median of {given.repeats}"
+    )
     print("| engine | seconds | tokens/s | ms a step | share of the bandwidth roofline |\n|---|---|---|---|---|")
     for name, group, seconds in rows:
         bound = roofline(config, given.rows, group, given.prompt, given.new)

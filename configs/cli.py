@@ -80,7 +80,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         key = found.group(1)
         value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(key + "=")), "")
         return f"unknown key {key}={value}: {schema.nearest(key, schema.known_keys())}"
-    if found := re.search(r"Could not find '([^'/]+)/([^']+)'.*?Available options in '[^']+':(.*?)\n\s*\n", text + "\n\n", re.S):
+    if found := re.search(
+        r"Could not find '([^'/]+)/([^']+)'.*?Available options in '[^']+':(.*?)\n\s*\n", text + "\n\n", re.S
+    ):
         group, option, available = found.groups()
         return f"{group}={option}: no such option; {schema.nearest(option, available.split())}"
     if found := re.search(r"Cannot find primary config '([^']+)'", text):

@@ -16,9 +16,11 @@ from typing import Any
 
 import yaml
 
+from curriculum import domains
 from curriculum.domains import DomainConfig
 from curriculum.policies import CurriculumConfig
 from models.source import ModelConfig
+from rubric import evaluator
 from rubric.evaluator import RubricConfig
 from sharding.mesh import MeshConfig, axis_sizes
 
@@ -88,7 +90,15 @@ class Config:
 
 
 # Keys whose change at resume is harmless: they bound or place the run and enter no computation.
-FREE_AT_RESUME = ("run.dir", "run.steps", "run.eval_every", "run.checkpoint_every", "run.keep_last", "run.keep_best", "mesh")
+FREE_AT_RESUME = (
+    "run.dir",
+    "run.steps",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.keep_last",
+    "run.keep_best",
+    "mesh",
+)
 
 CHOICES = {
     "algorithm.advantage": ("std", "none", "loo", "global"),
@@ -210,6 +220,8 @@ def validate(config: Config, num_devices: int) -> None:
             f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
             f"microbatches {config.algorithm.microbatches} = {parts}: set algorithm.prompts to a multiple of {parts}"
         )
+    domains.check(config.domains)
+    evaluator.check([domain.environment for domain in config.domains], config.rubric)
     if not any(not domain.eval_only for domain in config.domains):
         raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
 

@@ -136,7 +136,7 @@ def _write(arguments: str, text: str, expression: str, parameters: tuple[tuple[s
 def _inputs(arguments: str, k: int = 9, c: str = "a", **others: Any) -> list[list]:
     """Arguments at and around k, and with c first, last and absent."""
     if arguments == "x":
-        return [[x] for x in (-3, 0, 1, 7, k - 1, k, k + 1, 2 * k)]
+        return [[x] for x in (-3, 0, 1, 2, 7, k - 1, k, k + 1, 2 * k)]
     if arguments == "a, b":
         return [[1, 2], [9, 4], [6, 6], [k, 0], [k, 1], [0, k - 1]]
     if arguments == "s":

@@ -7,7 +7,6 @@ position in its data is one number a domain, and no iterator has to be saved.
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -113,8 +112,12 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    for row in itertools.islice(rows, arguments.head):
-        print(json.dumps(row, ensure_ascii=False))
+    try:
+        for row in rows[: arguments.head]:
+            print(json.dumps(row, ensure_ascii=False))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted; nothing may be flushed to it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

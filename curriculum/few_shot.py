@@ -1,9 +1,9 @@
 """Few-shot chat rows: three solved examples as earlier turns, then the question.
 
-The examples are fixed for a domain and level, not drawn for each row. So what distinguishes two rows is their question
-alone (their `key`), every prompt is measured under the same context, and one key a level is all that keeps an example
-from being asked: `draw` passes over the three. They come from the task itself and have three different answers, so that
-repeating one is not a strategy. Small models score about 0 on instructions and tool calls without them.
+The examples are fixed for a domain and level, not drawn for each row. So two rows differ in their question alone, which
+is what `key` says, and pass rates compare prompts under one and the same context. The three are never asked themselves:
+`draw` passes over them, on both sides of the split. They come from the task and have three different answers, so that
+repeating one is no strategy.
 """
 
 import functools
@@ -30,14 +30,21 @@ class Task(NamedTuple):
 
 
 def few_shot(
-    environment: str, levels: int, make: Callable[[np.random.Generator, int], Task], system: str | None = None
+    environment: str,
+    levels: int,
+    make: Callable[[np.random.Generator, int], Task],
+    system: str | None = None,
+    examples_seed: int = 0,
 ) -> Generator:
-    """The generator of `make`'s tasks after SHOTS examples; `system` is a leading system turn."""
+    """The generator of `make`'s tasks after SHOTS examples; `system` is a leading system turn.
+
+    `examples_seed` picks the examples, for tasks of several kinds where the first draw shows one kind only.
+    """
 
     @functools.cache
     def shown(difficulty: int) -> tuple[list[dict[str, str]], frozenset[str]]:
-        """The turns before the question, and the examples' keys; seeded by the level, whatever the run's seed is."""
-        rng, examples = np.random.default_rng(difficulty), {}
+        """The turns before the question, and the examples' keys; the same whatever the run's seed is."""
+        rng, examples = np.random.default_rng([examples_seed, difficulty]), {}
         while len(examples) < SHOTS:
             task = make(rng, difficulty)
             examples.setdefault(task.reply, task)

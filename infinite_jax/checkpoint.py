@@ -53,11 +53,12 @@ class TreeMismatch(ValueError):
 class Checkpointer:
     """The checkpoints in `folder`. All processes of a run call every method together.
 
-    Keeps the newest `keep_last` steps and the `keep_best` steps of highest score. Raises ValueError for a
-    `keep_last` below 1 or a `keep_best` below 0.
+    A context manager: a process that ends without close() loses the save under way. Keeps the newest `keep_last` steps
+    and the `keep_best` steps of highest score. `after` is the step that a run goes on from when another Checkpointer
+    restored it: newer ones on disk do not count. Raises ValueError for a `keep_last` below 1 or a `keep_best` below 0.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int, keep_best: int):
+    def __init__(self, folder: str | Path, keep_last: int, keep_best: int, after: int | None = None):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last}, keep_best={keep_best}: at least 1 last and 0 best must be kept")
         self.folder = Path(folder).absolute()
@@ -66,17 +67,22 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._last_saved: int | None = None
-        self._restored: int | None = None  # set by restore, until the next save
+        self._restored = after  # until the next save
         self._passed_over: set[int] = set()  # steps that restore found damaged or unverified
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def save(self, step: int, state: Any, score: float | None) -> None:
         """Copies `state` and returns; writing, commit and manifest follow in the background.
 
-        `state` is a pytree of arrays with named parts (RunState). It may be donated or changed as soon as this
-        returns. `score` ranks the step for `keep_best`; None (or a number that is not finite) is never best.
-        Waits for the save before, and raises what went wrong in it. Every step on disk that is newer than the one
-        last restored, or not older than `step`, is first moved aside. Raises ValueError when `step` is not newer
-        than the last one saved.
+        `state`: a pytree of arrays with named parts (RunState), free to be donated or changed at once. `score` ranks
+        the step for `keep_best`; None (or a number that is not finite) is never best. First waits for the save before,
+        raises what went wrong in it, and moves aside every step on disk that is newer than the one restored or not
+        older than `step`. Raises ValueError when `step` is not newer than the last one saved.
         """
         self.wait()
         if self._last_saved is not None and step <= self._last_saved:
@@ -102,7 +108,7 @@ class Checkpointer:
             self._close_manager()  # it would raise the same error again; the next save opens another
             raise
         finally:
-            _barrier("checkpoint:manifest")  # the first process has written it
+            multihost_utils.sync_global_devices("checkpoint:manifest")  # the first process has written it
 
     def close(self) -> None:
         """Waits, then ends the background threads. The object is not used again."""
@@ -135,8 +141,7 @@ class Checkpointer:
         self.wait()
         candidates = self._candidates(step)
         chosen = self._first_intact(candidates) if jax.process_index() == 0 else -1
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
         nothing_intact = ValueError(
             f"{self.folder}: none of the checkpoints {', '.join(map(str, candidates))} is intact: "
             "copy one back from a backup, ask for another step, or start a new run"
@@ -150,7 +155,8 @@ class Checkpointer:
             if verified or isinstance(error, TreeMismatch):
                 raise
             raise nothing_intact from error
-        self._passed_over |= set(candidates[: candidates.index(chosen)] if verified else candidates) - {chosen}
+        passed_over = candidates[: candidates.index(chosen)] if verified else candidates
+        self._passed_over = self._passed_over.union(passed_over) - {chosen}
         self._restored, self._last_saved = chosen, None
         return chosen, state
 
@@ -195,19 +201,19 @@ class Checkpointer:
         if not aside:
             return
         self._close_manager()  # it lists the steps when it is opened
-        _barrier("checkpoint:before_move")
+        multihost_utils.sync_global_devices("checkpoint:before_move")
         for n in aside if jax.process_index() == 0 else []:
             if not manifest.exists(self.folder / str(n)):
                 suffix = "unverified"
                 for older in self.folder.glob("*.unverified"):  # every kill may leave one: they would fill the disk
                     shutil.rmtree(older)
             else:
-                suffix = "damaged" if n in self._passed_over else "superseded"
-            names = itertools.chain([suffix], (f"{suffix}-{i}" for i in itertools.count(2)))
-            target = next(path for name in names if not (path := self.folder / f"{n}.{name}").exists())
+                suffix = "damaged" if manifest.fault(self.folder / str(n)) else "superseded"
+            names = (f"{n}.{suffix}" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+            target = next(self.folder / name for name in names if not (self.folder / name).exists())
             os.rename(self.folder / str(n), target)
             log.warning("checkpoint of step %d moved aside to %s", n, target)
-        _barrier("checkpoint:after_move")
+        multihost_utils.sync_global_devices("checkpoint:after_move")
         self._passed_over.clear()
 
     def _open_manager(self) -> ocp.CheckpointManager:
@@ -292,8 +298,3 @@ def _check_leaves(step_folder: Path, stored: dict[str, Any], asked: dict[str, An
                 f"{step_folder}: leaf {path} is {there} in the checkpoint and {here} in this run: "
                 "use the model, optimizer and domains that the checkpoint was saved with"
             )
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

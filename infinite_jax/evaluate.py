@@ -1,7 +1,7 @@
 """Held-out pass rates of a run's checkpoint or of any model, with 95 % intervals.
 
-    python -m infinite_jax.evaluate RUN_DIR [step=best|N] [eval.*=...] [mesh.*=...]
-    python -m infinite_jax.evaluate model.path=DIR [--config-name NAME] [--config-dir DIR] [key=value ...]
+python -m infinite_jax.evaluate RUN_DIR [step=best|N] [eval.*=...] [mesh.*=...]
+python -m infinite_jax.evaluate model.path=DIR [--config-name NAME] [--config-dir DIR] [key=value ...]
 """
 
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
-from infinite_jax import heldout, run_folder
+from infinite_jax import run_folder
 from infinite_jax.progress import results_table
 from infinite_jax.session import open_session, set_up_runtime
 

@@ -1,6 +1,6 @@
 """Writes a run's policy as a Hugging Face folder: weights, config, tokenizer, chat template.
 
-    python -m infinite_jax.export RUN_DIR OUT [step=best|N]
+python -m infinite_jax.export RUN_DIR OUT [step=best|N]
 """
 
 import sys

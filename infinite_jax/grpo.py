@@ -155,14 +155,15 @@ def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params, batc
     def accumulate(total, inputs):
         return jax.tree.map(jnp.add, total, value_and_grad(params, inputs)), None
 
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], microbatches(inputs, config.microbatches)))
+    parts = microbatches(inputs, config.microbatches)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    ((loss, means), grads), _ = jax.lax.scan(accumulate, zeros, microbatches(inputs, config.microbatches))
+    ((loss, means), grads), _ = jax.lax.scan(accumulate, zeros, parts)
     return loss, means, grads
 
 
 def learning_rate(config: AlgorithmConfig, step: jax.Array) -> jax.Array:
-    """Linear warm-up over lr_warmup_steps, then constant, or linear to 0 at lr_decay_steps (0: never). Absolute steps."""
+    """Linear warm-up over lr_warmup_steps; then constant, or linear to 0 at lr_decay_steps. Absolute steps."""
     warmup = jnp.minimum(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
     decay = jnp.clip(1.0 - step / config.lr_decay_steps, 0.0, 1.0) if config.lr_decay_steps else 1.0
     return config.learning_rate * warmup * decay

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,9 @@ from rubric.evaluator import RubricEvaluator
 class DomainResult(NamedTuple):
     greedy_N: np.ndarray  # f32 grades in [1, 4] of the domain's prompts, NaN where the grader gave none
     sampled_NS: np.ndarray | None  # the same for eval.samples completions a prompt at temperature 1
+
+
+Results = dict[str, DomainResult]  # by domain name; prompts in the same order at every evaluation
 
 
 class Evaluator:
@@ -43,12 +47,11 @@ class Evaluator:
         self.config, self.algorithm, self.decoder, self.mesh = config, algorithm, decoder, mesh
         self.tokenizer, self.names, self.grader, self.seed = tokenizer, names, grader, seed
         self.greedy = Sampling(0.0, 0, 1.0, algorithm.max_new_tokens, 1, stop_ids, tokenizer.pad_token_id)
-        self.test_sizes = {name: len(domain[: config.prompts or None]) for name, domain in zip(names, test)}
         kept = [domain[: config.prompts or None] for domain in test]
         # by length, so that a batch pays for its own bucket; static batches, the last one filled up
         self.test = sorted((prompt for domain in kept for prompt in domain), key=lambda prompt: len(prompt.ids))
 
-    def run(self, params) -> dict[str, DomainResult]:
+    def run(self, params) -> Results:
         """Grades per domain name. Parameters are read, not donated."""
         with jax.set_mesh(self.mesh):
             greedy = self._grades(params, self.greedy)[:, 0]
@@ -88,7 +91,7 @@ def passed(grades: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(grades), np.nan, grades >= 3)
 
 
-def metrics(results: dict[str, DomainResult]) -> dict[str, float | None]:
+def metrics(results: Results) -> dict[str, float | None]:
     """eval/pass_rate/<domain>, eval/grade/<domain>, eval/macro; with samples eval/pass_at_1/<domain> and its macro."""
     row, rates, sampled_rates = {}, [], []
     for name, result in results.items():
@@ -107,3 +110,20 @@ def metrics(results: dict[str, DomainResult]) -> dict[str, float | None]:
 def average(x: np.ndarray) -> float | None:
     known = x[~np.isnan(x)]
     return float(known.mean()) if known.size else None
+
+
+def save(path: Path, results: Results) -> None:
+    """Every prompt's grades, for paired comparisons between steps and runs."""
+    arrays = {}
+    for name, result in results.items():
+        arrays[f"greedy/{name}"] = result.greedy_N
+        if result.sampled_NS is not None:
+            arrays[f"sampled/{name}"] = result.sampled_NS
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, **arrays)
+
+
+def load(path: Path) -> Results:
+    with np.load(path) as arrays:
+        names = [key.removeprefix("greedy/") for key in arrays if key.startswith("greedy/")]
+        return {name: DomainResult(arrays[f"greedy/{name}"], arrays.get(f"sampled/{name}")) for name in names}

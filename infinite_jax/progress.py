@@ -1,15 +1,16 @@
-"""What a person sees while a run goes on, and the table at its end. On a terminal a live view, in a pipe one line a step."""
+"""What a person sees of a run: a live view on a terminal, one line a step in a pipe, and the tables at the end."""
 
 import io
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from infinite_jax import statistics
-from infinite_jax.heldout import DomainResult, average, passed
+from infinite_jax import heldout, statistics
+from infinite_jax.heldout import average, passed
 
 
 class Progress:
@@ -19,7 +20,11 @@ class Progress:
         self.names, self.steps, self.console = names, steps, Console()
         self._held_out: dict[str, float | None] = {}
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         self._task = self._bar.add_task("training", total=steps, completed=start)
         self._live = Live(self._bar, console=self.console, refresh_per_second=4) if self.console.is_terminal else None
@@ -65,49 +70,44 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def interval(rate: float | None, prompts: int) -> str:
-    """A pass rate with its 95 % Wilson interval."""
-    if rate is None:
+def estimate(found: statistics.Estimate | None, signed: bool = False) -> str:
+    """An estimate with its 95 % interval."""
+    if found is None:
         return "-"
-    low, high = statistics.wilson(round(rate * prompts), prompts)
-    return f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+    form = "{:+.3f} [{:+.3f}, {:+.3f}]" if signed else "{:.3f} [{:.3f}, {:.3f}]"
+    return form.format(*found)
 
 
-def results_table(results: dict[str, DomainResult]) -> str:
+def results_table(results: heldout.Results) -> str:
     """Held-out pass rates of one evaluation, with 95 % intervals clustered by prompt, as text."""
-    sampled = any(result.sampled_NS is not None for result in results.values())
-    table = Table("domain", "prompts", "greedy pass rate", *(["pass@1 at T = 1"] if sampled else []), "mean grade")
-    greedy, rates = {}, {}
+    kinds = [("greedy pass rate", {name: passed(result.greedy_N)[:, None] for name, result in results.items()})]
+    if all(result.sampled_NS is not None for result in results.values()):
+        kinds.append(("pass@1 at T = 1", {name: passed(result.sampled_NS) for name, result in results.items()}))
+    table = Table("domain", "prompts", *(title for title, _ in kinds), "mean grade", box=box.MARKDOWN)
     for name, result in results.items():
-        greedy[name] = passed(result.greedy_N)[:, None]
-        cells = [str(len(result.greedy_N)), interval(average(greedy[name]), len(greedy[name]))]
-        if sampled:
-            rates[name] = passed(result.sampled_NS)
-            cells.append(estimate(statistics.cluster_mean(rates[name])))
-        table.add_row(name, *cells, number(average(result.greedy_N)))
-    table.add_section()
-    averages = [estimate(statistics.macro_average(list(values.values()))) for values in (greedy, rates) if values]
-    table.add_row("macro average", str(sum(len(values) for values in greedy.values())), *averages, "")
+        cells = [estimate(statistics.cluster_mean(values[name])) for _, values in kinds]
+        table.add_row(name, str(len(result.greedy_N)), *cells, number(average(result.greedy_N)))
+    macro = [estimate(statistics.macro_average(list(values.values()))) for _, values in kinds]
+    table.add_row("macro average", str(sum(len(result.greedy_N) for result in results.values())), *macro, "")
+    return as_text(table)
+
+
+def before_after(before: heldout.Results, after: heldout.Results, steps: tuple[int, int]) -> str:
+    """Greedy held-out pass rates of two evaluations of the same prompts, with paired 95 % intervals, as text."""
+    sides = [{name: passed(result.greedy_N)[:, None] for name, result in each.items()} for each in (before, after)]
+    table = Table("held-out domain", "prompts", *(f"step {step}" for step in steps), "change", box=box.MARKDOWN)
+    for name in before:
+        change = statistics.paired_difference([sides[0][name]], [sides[1][name]])
+        rates = [estimate(statistics.cluster_mean(side[name])) for side in sides]
+        table.add_row(name, str(len(sides[0][name])), *rates, estimate(change, signed=True))
+    lists = [list(side.values()) for side in sides]
+    rates = [estimate(statistics.macro_average(values)) for values in lists]
+    change = estimate(statistics.paired_difference(*lists), signed=True)
+    table.add_row("macro average", str(sum(map(len, lists[0]))), *rates, change)
     return as_text(table)
 
 
 def as_text(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=110)
+    console = Console(file=io.StringIO(), width=120)
     console.print(table)
     return console.file.getvalue().rstrip()
-
-
-def before_after(names: list[str], rows: list[dict], sizes: dict[str, int]) -> str:
-    """Held-out pass rates at step 0 and at the last evaluation, as text."""
-    evaluated = [row for row in rows if "eval/macro" in row]
-    first, last = evaluated[0], evaluated[-1]
-    table = Table("domain", "prompts", f"step {first['step']}", f"step {last['step']}", "change", title="held-out pass rate")
-    for name in names:
-        before, after = first[f"eval/pass_rate/{name}"], last[f"eval/pass_rate/{name}"]
-        change = "-" if None in (before, after) else f"{after - before:+.3f}"
-        table.add_row(name, str(sizes[name]), interval(before, sizes[name]), interval(after, sizes[name]), change)
-    before, after = first["eval/macro"], last["eval/macro"]
-    change = "-" if None in (before, after) else f"{after - before:+.3f}"
-    table.add_section()
-    table.add_row("macro average", str(sum(sizes.values())), number(before), number(after), change)
-    return as_text(table)

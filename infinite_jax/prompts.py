@@ -16,7 +16,7 @@ class Prompt(NamedTuple):
 
 
 def tokenise(tokenizer, rows: Sequence[dict], domain: int, name: str, limit: int, template: bool) -> list[Prompt]:
-    """Raises ValueError on a prompt longer than `limit` tokens: shapes are static, and cutting a question corrupts it."""
+    """Raises ValueError on a prompt of more than `limit` tokens: shapes are static, and a cut question is corrupt."""
     prompts = []
     for number, row in enumerate(rows):
         ids = tuple(chat.encode_prompt(tokenizer, row["messages"], apply_chat_template=template))
@@ -35,8 +35,7 @@ class Stream:
     def __init__(self, train: Sequence[Sequence[Prompt]], names: Sequence[str], seed: int):
         self.size_D = np.array([len(prompts) for prompts in train], np.int32)
         self._orders = [
-            domains.shuffled(prompts, seed, name) if prompts else None
-            for prompts, name in zip(train, names)
+            domains.shuffled(prompts, seed, name) if prompts else None for prompts, name in zip(train, names)
         ]
 
     def take(

@@ -1,6 +1,6 @@
 """Continues a run bit for bit from its newest intact checkpoint.
 
-    python -m infinite_jax.resume RUN_DIR [run.steps=N] [key=value ...]
+python -m infinite_jax.resume RUN_DIR [run.steps=N] [key=value ...]
 """
 
 import sys
@@ -16,7 +16,9 @@ from infinite_jax.train import train
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = cli.parser("resume", __doc__.splitlines()[0])
     arguments.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="run.steps, run.*_every, run.keep_*, mesh.*")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="run.steps, run.*_every, run.keep_*, mesh.*"
+    )
     given = arguments.parse_args(argv)
     with cli.bad_input():
         config = run_folder.load_config(given.run_dir, given.overrides)
@@ -25,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         start, state = run_folder.restore(given.run_dir, session.state, None)
         if start >= config.run.steps:
             session.grader.close()
-            raise ValueError(f"run.steps={config.run.steps}: the run is at step {start} already; give a larger run.steps")
+            raise ValueError(
+                f"run.steps={config.run.steps}: the run is at step {start} already; give a larger run.steps"
+            )
         run_folder.save_config(given.run_dir, config)
         record.truncate_after(given.run_dir / "metrics.jsonl", start, config.run.eval_every)
     with session.grader:

@@ -15,6 +15,7 @@ from infinite_jax import heldout, record, run_folder
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.progress import Progress, before_after
 from infinite_jax.session import Session, open_session, set_up_runtime
+from infinite_jax.trainer import Clock
 from infinite_jax.types import RunState
 
 
@@ -29,17 +30,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         session = open_session(config)
         run_folder.save_config(run_dir, config)
     with session.grader:
-        return train(session, run_dir, session.state, start=0)
+        return train(session, run_dir, session.state)
 
 
-def train(session: Session, run_dir: Path, state: RunState, start: int) -> int:
-    """Steps start + 1 .. run.steps. Returns the exit code: 0 done, 75 stopped by SIGTERM or Ctrl-C after saving."""
-    run, stop = session.config.run, StopSignal()
-    checkpoints = Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best)
+def train(session: Session, run_dir: Path, state: RunState, after: int | None = None) -> int:
+    """All steps up to run.steps, or those after the restored step `after`.
+
+    Returns the exit code: 0 done, 75 stopped by SIGTERM or Ctrl-C after saving.
+    """
+    run, stop, start = session.config.run, StopSignal(), after or 0
     compilations = record.CompilationCounter()
-    with record.RunLog(run_dir) as log, Progress(session.names, run.steps, start) as progress, stop:
-        if start == 0:
-            metrics = evaluate(session, state)
+    with (
+        Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
+        record.RunLog(run_dir) as log,
+        Progress(session.names, run.steps, start) as progress,
+        stop,
+    ):
+        if after is None:
+            metrics = evaluate(session, run_dir, 0, state)
             log.write(0, metrics)
             progress.show(0, metrics)
             save(checkpoints, log, 0, state, metrics)
@@ -47,25 +55,33 @@ def train(session: Session, run_dir: Path, state: RunState, start: int) -> int:
             state, done = session.trainer.step(state)
             last, metrics = step == run.steps, done.metrics
             if last or step % run.eval_every == 0:
-                metrics |= evaluate(session, state)
+                metrics |= evaluate(session, run_dir, step, state)
             metrics |= compilations.since_last() | record.memory()
             log.write(step, metrics)
             progress.show(step, metrics)
             if last or stop.asked or step % run.checkpoint_every == 0:
                 save(checkpoints, log, step, state, metrics)
-            if stop.asked and not last:
+            if stop.asked:
                 break
-        checkpoints.close()
-    if stop.asked and not last:
+    if stop.asked and step < run.steps:
         print(f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}")
         return cli.PREEMPTED
-    print(before_after(session.names, record.read(run_dir / "metrics.jsonl"), session.evaluator.test_sizes))
+    ends = (0, run.steps)
+    print(before_after(*(heldout.load(evaluation_file(run_dir, step)) for step in ends), ends))
     print(f"run: {run_dir}")
     return cli.DONE
 
 
-def evaluate(session: Session, state: RunState) -> dict:
-    return heldout.metrics(session.evaluator.run(state.train.params))
+def evaluate(session: Session, run_dir: Path, step: int, state: RunState) -> dict:
+    clock = Clock()
+    results = session.evaluator.run(state.train.params)
+    heldout.save(evaluation_file(run_dir, step), results)
+    clock.lap("evaluate")
+    return heldout.metrics(results) | clock.seconds
+
+
+def evaluation_file(run_dir: Path, step: int) -> Path:
+    return run_dir / "evaluations" / f"{step}.npz"
 
 
 def save(checkpoints: Checkpointer, log: record.RunLog, step: int, state: RunState, metrics: dict) -> None:

@@ -128,7 +128,9 @@ class InfiniteGRPOTrainer:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p."""
         prompt_PT, length_P = prompts.pad(chosen, self.config.prompt_buckets, self.sampling.pad_id)
         key = stream_key(self.seed, step, ROLLOUT_STREAM)
-        made = generate(self.decoder, self.sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key)
+        made = generate(
+            self.decoder, self.sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key
+        )
         prompt_B = np.repeat(np.arange(len(chosen), dtype=np.int32), self.config.group_size)
         domain_B = np.array([chosen[p].domain for p in prompt_B], np.int32)
         return Rollout(made.tokens_BT, made.loss_mask_BT, made.logp_BT, domain_B, prompt_B, made.done_B)
@@ -204,9 +206,7 @@ def prepare(config: AlgorithmConfig, logp_fn, num_domains: int, params, referenc
         lr_scale_B=jnp.ones(reward_B.shape, jnp.float32),
     )
     domain_P = rollout.domain_B.reshape(groups)[:, 0]
-    stats = statistics(
-        domain_P, grades.grade_B.reshape(groups), grades.reward_B.reshape(groups), valid_PG, num_domains
-    )
+    stats = statistics(domain_P, grades.grade_B.reshape(groups), grades.reward_B.reshape(groups), valid_PG, num_domains)
     return batch, stats
 
 

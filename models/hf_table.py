@@ -1,8 +1,8 @@
 """Which Hugging Face tensors make up which leaf of the parameter tree: ONE table, for reading and for writing.
 
-A leaf's dimensions have letters, and a tensor's are groups of the same letters: rows KSD and columns E of q_proj are the
-first Q places on dimension S of the leaf EKSD. So the part of a leaf that a device holds needs only the matching rows
-and columns of the tensors.
+A leaf's dimensions have letters, and a tensor's are groups of the same letters: rows KSD and columns E of q_proj are
+the first Q places on dimension S of the leaf EKSD. So the part of a leaf that a device holds needs only the matching
+rows and columns of the tensors.
 """
 
 import itertools

@@ -7,17 +7,17 @@ Parameters may be stored in another dtype and are cast where they are used. All 
 parameters are stacked on axis 0, which keeps compilation time independent of depth.
 
 Dimensions beyond infinite_jax/types.py: Q = H / K query heads of one key/value head, S = Q + 2, C completion slots.
+Parameters: embed [V, E], final_norm [E], head [E, V] unless tied, and `layers`, in which each has a leading L:
 
-Parameters: embed [V, E], final_norm [E], head [E, V] unless tied, and in `layers`, each with a leading L:
-    attn_norm [E], qkv [E, K, S, D] (S holds the Q queries, then the key, then the value), qkv_bias [K, S, D], q_norm [D],
-    k_norm [D], out [K, Q, D, E], post_attn_norm [E], mlp_norm [E], gate_up [E, 2, F], down [F, E], post_mlp_norm [E]
-Queries, key and value of one key/value head stand together, so that one product computes all three and splitting K over
-`tensor` splits them alike (where `tensor` does not divide K, this product is replicated). Fewer, larger products are
-what decoding on an accelerator wants: with few rows it is bound by the number of kernels.
+    attn_norm [E], qkv [E, K, S, D], qkv_bias [K, S, D], q_norm [D], k_norm [D], out [K, Q, D, E], post_attn_norm [E],
+    mlp_norm [E], gate_up [E, 2, F], down [F, E], post_mlp_norm [E]      (qkv_bias, q, k, post norms: in some families)
 
-Decoding keeps the prompts' keys and values once (`prefill`) and the completions' in a second cache (`empty_cache`); a
-step attends to both under one softmax. Left out: packed rows (segments) and padding masks: rows are left-aligned and
-padding comes last, where causality already hides it.
+S holds the Q queries of one key/value head, its key and its value: one product computes all three, and a split of K
+over `tensor` splits them alike (where `tensor` does not divide K, this one product is replicated; the rest of attention
+is then split over Q). Decoding a few rows is bound by the number of kernels, hence few and large products.
+
+Decoding keeps the prompts' keys and values once a prompt (`prefill`) and the completions' in a second cache
+(`empty_cache`); a step attends to both under one softmax (models/attention.py). Left out: dropout, biases beside qkv.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class _Shared(NamedTuple):
     """What all layers see."""
 
     positions: jax.Array  # i32 [B or 1, T]; in decoding [N]
-    cos_sin: jax.Array  # f32 [2 kinds, 2, *positions.shape, D / 2]; one kind where all layers have the same rope
+    cos_sin: jax.Array  # f32 [kinds of rope, 2, *positions.shape, D / 2], of global layers and, if it differs, of local
     step: jax.Array | None = None  # i32[], only in decoding: slot of the completion cache
     prefix_length_P: jax.Array | None = None  # i32, only in decoding
 
@@ -60,12 +60,13 @@ class Block(nn.Module):
     """One layer. Carry: hidden [B, T, E] or, in decoding, [N, E], and the completion cache of all layers or None."""
 
     config: DecoderConfig
+    keep: bool  # return the keys and values
 
     @nn.compact
     def __call__(self, carry, layer: _Layer, shared: _Shared):
         hidden, cache = carry
-        heads, cache, kv = self.attend(self.norm("attn_norm", hidden), cache, layer, shared)
-        hidden = self.add(hidden, "post_attn_norm", heads)
+        update, cache, kv = self.attend(self.norm("attn_norm", hidden), cache, layer, shared)
+        hidden = self.add(hidden, "post_attn_norm", update)
         hidden = self.add(hidden, "post_mlp_norm", self.mlp(self.norm("mlp_norm", hidden)))
         return (hidden, cache), kv
 
@@ -80,7 +81,7 @@ class Block(nn.Module):
         return _constrain_hidden(hidden + update)
 
     def attend(self, x, cache: Cache | None, layer: _Layer, shared: _Shared):
-        """Projected attention output, the updated cache, and this layer's own keys and values [B, K, T, D]."""
+        """Projected attention output, the updated cache, and with `keep` the layer's keys and values [B, K, T, D]."""
         c = self.config
         queries = c.num_heads // c.num_kv_heads
         shape = (c.num_kv_heads, queries + 2, c.head_dim)
@@ -99,9 +100,9 @@ class Block(nn.Module):
         kv = None
         if cache is None:
             q = constrain(q, "batch", "length", "kv_heads", "heads", "head_dim")
-            core = jax.checkpoint(attention, static_argnums=5) if c.remat == "none" else attention
+            core = jax.checkpoint(attention, static_argnums=5, prevent_cse=False) if c.remat == "none" else attention
             heads = core(q, k, v, shared.positions, window, c.query_scale)
-            kv = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            kv = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if self.keep else None
         else:
             cache = _write(cache, Cache(k, v), layer.number, shared.step)
             own = Cache(*(jax.lax.dynamic_index_in_dim(x, layer.number, keepdims=False) for x in cache))
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, name="layers")
+        )(c, keep, name="layers")
         layer = _Layer(jnp.arange(c.num_layers), jnp.array(c.windows, jnp.int32), prefix)
         (hidden, cache), kv = layers((_constrain_hidden(hidden), cache), layer, shared)
         norm = _norm_param(self, "final_norm", c.embed_dim)

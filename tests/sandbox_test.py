@@ -17,6 +17,7 @@ HOSTILE = {
     "sleeps": "import time\ntime.sleep(3600)",
     "sleeps without an alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(3600)",
     "memory bomb": "bomb = [bytearray(1 << 28) for _ in range(64)]\ndef f(x):\n    return x + 1",
+    "much memory at once": "much = bytearray(700 << 20)\ndef f(x):\n    return x + 1",
     "memory bomb in steps": "bomb = ['a']\nwhile True:\n    bomb = bomb + bomb",
     "large power": "def f(x):\n    return len(str(9 ** 9 ** 9))",
     "os._exit": "import os\ndef f(x):\n    os._exit(0)",

@@ -216,17 +216,21 @@ def test_init_leaves():
     assert all(leaf.weak_type is False for leaf in state)  # a resumed run must not compile again
     for value in (state, update(state, stats())):
         assert [leaf.dtype for leaf in value] == [leaf.dtype for leaf in state]
-    trainers = [jax.random.fold_in(jax.random.key(0), i) for i in range(64)]
-    ours = {int(k) for i in range(64) for k in _data(jax.random.fold_in(_key(state), i))[:1]}
-    assert ours.isdisjoint(int(_data(key)[0]) for key in trainers)
 
 
-def _key(state):
-    return jax.random.wrap_key_data(state.key_data)
+def test_keys_are_none_of_a_trainers_with_the_same_seed():
+    """A trainer folds step and stream into key(seed); splitting a key is folding 0, 1, ... into it."""
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    steps = fold(jax.random.key(0), jnp.arange(16))
+    streams = jax.vmap(fold, (0, None))(steps, jnp.arange(16)).ravel()
+    root = jax.random.wrap_key_data(fresh().key_data)
+    ours = jnp.concatenate([root[None], fold(root, jnp.arange(16))])
+    theirs = jnp.concatenate([jax.random.key(0)[None], steps, streams])
+    assert not set(map(tuple, key_words(ours))) & set(map(tuple, key_words(theirs)))
 
 
-def _data(key):
-    return np.asarray(jax.random.key_data(key))
+def key_words(keys):
+    return np.asarray(jax.random.key_data(keys)).tolist()
 
 
 def test_metrics_are_finite_arrays_a_domain():

