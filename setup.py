@@ -10,7 +10,7 @@ setup(
     classifiers=["Private :: Do Not Upload"],  # flat package names: install it in an environment of its own
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"configs": ["**/*.yaml"], "models.tiny": ["*"]},
+    package_data={"configs": ["**/*.yaml"], "curriculum": ["words.txt"], "models.tiny": ["*"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -1,8 +1,8 @@
 """bench12: twelve domains for an instruction-tuned model of about 135 M parameters, as three-shot chat.
 
 gcd, products and sums take questions and numbers from reasoning_gym (level 1 is its task with one-digit numbers, gcd up
-to 20). Number filtering is written here: the library's has up to ten quoted decimals of different precision, and answers
-in Python's notation, where a separator between whole numbers will do. Code tasks stand in code_tasks.py.
+to 20). Number filtering is written here: the library's lists hold quoted decimals of different precision and are
+answered in Python's notation, where whole numbers between commas will do. Code tasks stand in code_tasks.py.
 
 Three more domains for the cases around the edge: `lowercase` (easy), `spell_backwards` (nearly dead) and `acronym`
 (dead) for a model of that size. Left out: yes/no tasks, where guessing passes half, and letter counting, where always
@@ -132,7 +132,7 @@ def _types(tool: dict[str, Any]) -> dict[str, str]:
 
 TOOLS = [
     _tool("get_weather", city="string", day="string"),
-    _tool("set_alarm", time="string"),
+    _tool("set_alarm", time="string", day="string"),
     _tool("send_message", to="string", text="string"),
     _tool("play_music", genre="string", minutes="integer"),
     _tool("translate", text="string", language="string"),
@@ -155,8 +155,8 @@ def _weather(rng: np.random.Generator) -> tuple[dict, str, str]:
 
 
 def _alarm(rng: np.random.Generator) -> tuple[dict, str, str]:
-    arguments = {"time": f"{rng.integers(5, 24)}:{rng.integers(60):02}"}
-    return arguments, "Set an alarm for {time}.", "My bus leaves at {time}. Ring me then."
+    arguments = {"time": f"{rng.integers(5, 24)}:{rng.integers(60):02}", "day": _pick(rng, DAYS)}
+    return arguments, "Set an alarm for {time} on {day}.", "My bus leaves on {day} at {time}. Ring me then."
 
 
 def _message(rng: np.random.Generator) -> tuple[dict, str, str]:
@@ -234,8 +234,8 @@ BENCH = {
     "kth_letter": few_shot("line", 2, kth_letter),
     "weekday": few_shot("line", 3, weekday),
     "code_write": few_shot("python_tests", 3, code_write, examples_seed=4),
-    "code_output": few_shot("eq", 2, code_output, examples_seed=1),
-    "tool_call": few_shot("json_call", 2, tool_call, TOOL_TURN),
+    "code_output": few_shot("eq", 3, code_output, examples_seed=1),
+    "tool_call": few_shot("json_call", 2, tool_call, TOOL_TURN, examples_seed=1),
     "capitals": few_shot("constraints", 3, capitals),
 }
 EDGE = {

@@ -1,8 +1,9 @@
 """The two code domains of bench12: write a one-line Python function, and say what a short program prints.
 
-`code_write` fills the parameters of over sixty descriptions; its unit tests are the reference's own results on inputs
+`code_write` fills the parameters of over seventy descriptions; its unit tests are the reference's own results on inputs
 chosen at and around the parameters, so that `>` and `>=` differ. `code_output` has a template for each idea of a short
-program and computes the output from the parameters, without running the program.
+program and computes the output from the parameters, without running the program; case and punctuation never decide,
+since the grader `eq` passes over them.
 """
 
 import functools
@@ -145,8 +146,8 @@ def _inputs(arguments: str, k: int = 9, c: str = "a", **others: Any) -> list[lis
 
 
 def code_output(rng: np.random.Generator, difficulty: int) -> Task:
-    """What a program of two or three lines prints; level 1 is one operation on a value, level 2 has loops and calls."""
-    templates = (SHORT, LONG)[difficulty - 1]
+    """What a short program prints: one easy operation on a value; level 2 any; level 3 loops, calls and branches."""
+    templates = (EASY, SHORT, LONG)[difficulty - 1]
     program, output = templates[rng.integers(len(templates))](rng)
     return Task(
         question=f"What does this Python program print?\n{program}",
@@ -162,6 +163,31 @@ def _number(rng: np.random.Generator, most: int = 9) -> int:
 
 def _word(rng: np.random.Generator) -> str:
     return WORDS[rng.integers(len(WORDS))]
+
+
+def _variable(rng: np.random.Generator) -> tuple[str, str]:
+    values = [str(_number(rng, 99)), f"'{_word(rng)}'"]
+    first, second = rng.permutation(2)
+    asked = rng.integers(2)
+    return f"a = {values[first]}\nb = {values[second]}\nprint({'ab'[asked]})", values[(first, second)[asked]].strip("'")
+
+
+def _plus_minus(rng: np.random.Generator) -> tuple[str, str]:
+    a, b, kind = _number(rng), _number(rng), rng.integers(2)
+    sign, result = (("+", a + b), ("-", a - b))[kind]
+    return f"x = {a}\nprint(x {sign} {b})", str(result)
+
+
+def _joined(rng: np.random.Generator) -> tuple[str, str]:
+    first, second, kind = _word(rng), _word(rng), rng.integers(2)
+    call, result = [(f"s + '{second}'", first + second), ("s * 2", first * 2)][kind]
+    return f"s = '{first}'\nprint({call})", result
+
+
+def _longer(rng: np.random.Generator) -> tuple[str, str]:
+    xs, k, kind = [_number(rng) for _ in range(3)], _number(rng), rng.integers(3)
+    call, result = [(f"xs + [{k}]", [*xs, k]), ("len(xs)", len(xs)), ("xs[0]", xs[0])][kind]
+    return f"xs = {xs}\nprint({call})", str(result)
 
 
 def _arithmetic(rng: np.random.Generator) -> tuple[str, str]:
@@ -181,14 +207,13 @@ def _comparison(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _text(rng: np.random.Generator) -> tuple[str, str]:
-    word, k, kind = _word(rng), int(rng.integers(2, 4)), rng.integers(6)
+    word, k, kind = _word(rng), int(rng.integers(2, 4)), rng.integers(5)
     call, result = [
         ("len(s)", str(len(word))),
-        ("s.upper()", word.upper()),
         (f"s[:{k}]", word[:k]),
         ("s[0]", word[0]),
         (f"s * {k}", word * k),
-        ("s + '!'", word + "!"),
+        ("s[-1]", word[-1]),
     ][kind]
     return f"s = '{word}'\nprint({call})", result
 
@@ -235,5 +260,6 @@ def _dictionary(rng: np.random.Generator) -> tuple[str, str]:
     return program, str((a, b)[asked])
 
 
+EASY = (_variable, _plus_minus, _comparison, _joined, _longer)
 SHORT = (_arithmetic, _two_names, _comparison, _text, _items)
 LONG = (_loop, _function, _branch, _comprehension, _dictionary)

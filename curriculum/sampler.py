@@ -91,11 +91,27 @@ def floor_project(q_D: jax.Array, floor_D: jax.Array) -> jax.Array:
     return jnp.maximum(floor_D, q_D * jnp.where(low_D.any(), scale(low_D), 1.0))
 
 
+def place(units_D: jax.Array, start: jax.Array, num_prompts: int) -> jax.Array:
+    """i32[P], whose stretch each of P evenly spaced points falls on, the stretches laid end to end.
+
+    Point k is floor((k total + start) / P) for total = sum of units: over all starts, domain i is hit exactly P units_i
+    times. Exact integers, no overflow up to a total of UNITS and MAX_PROMPTS points.
+
+    Args:
+      units_D: i32[D], lengths of the stretches, 0 allowed. start: i32[] in [0, total), a larger one counts as the last.
+    """
+    ends_D = jnp.cumsum(units_D)
+    total = ends_D[-1]
+    quotient, remainder = total // num_prompts, total % num_prompts  # total = quotient P + remainder
+    slot_P = jnp.arange(num_prompts)
+    point_P = slot_P * quotient + (slot_P * remainder + jnp.minimum(start, total - 1)) // num_prompts
+    return jnp.searchsorted(ends_D, point_P, side="right")
+
+
 def systematic(key: jax.Array, p_D: jax.Array, num_prompts: int) -> jax.Array:
     """Domains of `num_prompts` slots, i32[P], with |n_i - P p_i| < 1 and E n_i = P p_i; 0 where p_i = 0.
 
-    Slot k takes the domain at position (k + u) / P of the stacked shares, one u for all. Both statements hold for the
-    shares as rounded to 2^-30. `key` is consumed once. Raises ValueError beyond MAX_PROMPTS.
+    Both hold for the shares as rounded to 2^-30. `key` is consumed once. Raises ValueError beyond MAX_PROMPTS.
     """
     if not 1 <= num_prompts <= MAX_PROMPTS:
         raise ValueError(f"num_prompts={num_prompts}: a draw takes 1 to {MAX_PROMPTS} prompts; set algorithm.prompts")
@@ -103,16 +119,10 @@ def systematic(key: jax.Array, p_D: jax.Array, num_prompts: int) -> jax.Array:
     shuffled = D if D <= MAX_SHUFFLED else 0
     bits = jax.random.bits(key, (1 + num_prompts + shuffled,))  # all that is random
     order_D = jnp.argsort(bits[1 + num_prompts :]) if shuffled else jnp.arange(D)
-    ends_D = jnp.cumsum(jnp.round(p_D[order_D] * UNITS).astype(jnp.int32))
-    total = ends_D[-1]
-    slot_P = jnp.arange(num_prompts)
-    # floor((k + u) total / P) without overflow, total = quotient P + remainder
-    quotient, remainder = total // num_prompts, total % num_prompts
-    start = ((bits[0] >> 8).astype(jnp.float32) * 2.0**-24 * total).astype(jnp.int32)  # u total
-    start = jnp.minimum(start, total - 1)  # total rounds to float32, where it can grow
-    point_P = slot_P * quotient + (slot_P * remainder + start) // num_prompts
-    found_P = jnp.searchsorted(ends_D, point_P, side="right")
-    return order_D[jnp.minimum(found_P, D - 1)][jnp.argsort(bits[1 : 1 + num_prompts])]
+    units_D = jnp.round(p_D[order_D] * UNITS).astype(jnp.int32)
+    start = ((bits[0] >> 8).astype(jnp.float32) * 2.0**-24 * units_D.sum()).astype(jnp.int32)  # float32 may round up
+    place_P = jnp.minimum(place(units_D, start, num_prompts), D - 1)  # D only where every share is 0
+    return order_D[place_P][jnp.argsort(bits[1 : 1 + num_prompts])]
 
 
 def draw_domains(config: TriageConfig, state: TriageState, p_D: jax.Array, num_prompts: int) -> Draw:

@@ -11,5 +11,5 @@ for _name in ("models", "kernels", "sharding", "curriculum", "rubric", "configs"
         _found = "missing" if _spec is None else _spec.origin
         raise ImportError(
             f"package {_name!r} is {_found}, expected {_HERE / _name}: "
-            "install infinite_jax in an environment of its own (pip install -e .) and run from outside that other package"
+            "install infinite_jax in an environment of its own (pip install -e .), outside that other package"
         )

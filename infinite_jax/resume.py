@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.truncate_after(given.run_dir / "metrics.jsonl", start, config.run.eval_every)
     with session.grader:
         print(f"continuing {given.run_dir} after step {start}")
-        return train(session, given.run_dir, state, start)
+        return train(session, given.run_dir, state, after=start)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class InfiniteGRPOTrainer:
         self._prepare = jax.jit(functools.partial(prepare, config, logp_fn, len(names)))
         self._update = jax.jit(functools.partial(grpo.train_step, config, logp_fn), donate_argnums=0)
         self._triage = jax.jit(curriculum.update)
-        self._observe = jax.jit(lambda state: curriculum.metrics(state, curriculum.probabilities(state)))
+        self._observe = jax.jit(curriculum.metrics)
 
     def step(self, state: RunState) -> tuple[RunState, StepRecord]:
         """One update. `state.train` is donated: use the returned state only.
@@ -117,7 +117,7 @@ class InfiniteGRPOTrainer:
             curriculum = self._triage(state.curriculum, stats)
             jax.block_until_ready(train.step)
             clock.lap("update")
-            triage = self._observe(curriculum)
+            triage = self._observe(curriculum, draw.p_D)
         metrics = self._metrics(rollout, grades, draw.single, metrics, triage) | clock.seconds
         best, worst = int(np.argmax(grades.grade_B)), int(np.argmin(grades.grade_B))
         group = self.config.group_size
@@ -126,7 +126,9 @@ class InfiniteGRPOTrainer:
 
     def rollout(self, params, chosen: list[Prompt], step: int) -> Rollout:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p."""
-        prompt_PT, length_P = prompts.pad(chosen, self.config.prompt_buckets, self.sampling.pad_id)
+        # the first step takes the largest shape, so that a run that will not fit in memory fails at once
+        buckets = self.config.prompt_buckets if step else self.config.prompt_buckets[-1:]
+        prompt_PT, length_P = prompts.pad(chosen, buckets, self.sampling.pad_id)
         key = stream_key(self.seed, step, ROLLOUT_STREAM)
         made = generate(
             self.decoder, self.sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key

@@ -191,7 +191,7 @@ def test_bench12_is_graded_on_four_levels():
         ("sort_numbers", "[{right}]", "{backwards}"),
         ("kth_letter", "'{right}'", "{other}"),
         ("weekday", "{right}.\nOf course.", "{other}"),
-        ("tool_call", "Sure: {right}", '{{"name": "set_alarm", "arguments": {{"time": "0:61"}}}}'),
+        ("tool_call", "Sure: {right}", '{{"name": "set_alarm", "arguments": {{"time": "0:61", "day": "Never"}}}}'),
         ("capitals", "{right}\nWas it that?", "WE LIKE NOTHING OF IT."),
     ):
         row, grader = sample(name, 1, size=1)[0], GRADERS[GENERATORS[name].environment]

@@ -23,7 +23,7 @@ def chunked(hidden, head, temperature, max_logits):
     return token_logp(lambda h: h @ head, hidden, jnp.asarray(TOKEN), temperature, max_logits)
 
 
-@pytest.mark.parametrize("max_logits", [1, B * V * 2, B * V * 3, 10**9])  # chunks of 1, 2 and 3 (neither divides 7), one
+@pytest.mark.parametrize("max_logits", [1, B * V * 2, B * V * 3, 10**9])  # chunks of 1, 2, 3 (2 and 3 leave a rest), 7
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_equals_the_naive_log_prob_and_entropy(max_logits, temperature):
     found = chunked(jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(HEAD, jnp.float32), temperature, max_logits)

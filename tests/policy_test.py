@@ -118,20 +118,23 @@ def test_positions_carry_order_whatever_the_layout():
     np.testing.assert_allclose(shuffled, straight[:, order], atol=2e-5)
 
 
-def test_remat_changes_memory_not_gradients():
-    params, tokens = random_params(LLAMA), random_tokens(2, 8)
+def test_remat_saves_memory_and_leaves_gradients():
+    deep = dataclasses.replace(LLAMA, num_layers=6, windows=(0,) * 6)
+    params, tokens = random_params(deep), random_tokens(8, 32)
 
     def gradient(remat):
-        config = dataclasses.replace(LLAMA, remat=remat)
+        config = dataclasses.replace(deep, remat=remat)
 
         def loss(params):
             return jax.nn.logsumexp(policy.logits(config, params, tokens), axis=-1).mean()
 
-        return jax.jit(jax.grad(loss))(params)
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
-    none, dots, full = gradient("none"), gradient("dots"), gradient("full")
+    (none, most), (dots, less), (full, least) = (gradient(remat) for remat in ("none", "dots", "full"))
+    assert least < less < most
     for other in (dots, full):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), none, other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-3), none, other)
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(none))
 
 
@@ -248,6 +251,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     """In a process of its own, since the number of CPU devices is fixed when jax starts."""
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": ".:tests", "JAX_PLATFORMS": "cpu"}

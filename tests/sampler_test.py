@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from curriculum.sampler import TriageSampler, floor_project, systematic
+from curriculum.sampler import TriageSampler, floor_project, place, systematic
 from curriculum.triage import DomainStats, TriageConfig, TriageState, TriageStateManager
 
 D, P = 7, 16
@@ -235,6 +235,18 @@ def test_a_constant_on_all_priorities_changes_nothing(state, constant):
     np.testing.assert_allclose(shares()(shifted), shares()(state), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_prompts", [1, 4, 9])
+def test_over_all_starts_every_domain_gets_exactly_its_part(num_prompts):
+    units = np.array([0, 5, 1, 0, 7, 10, 0], np.int32)
+    total = units.sum()
+    starts = jnp.arange(total + 1)
+    found = np.asarray(jax.jit(jax.vmap(lambda start: place(units, start, num_prompts)))(starts))
+    np.testing.assert_array_equal(np.bincount(found[:total].ravel(), minlength=D), num_prompts * units)
+    for batch in found:
+        counts = np.bincount(batch, minlength=D)
+        assert np.all(np.abs(counts - num_prompts * units / total) < 1) and np.all(counts[units == 0] == 0)
+
+
 slots = {n: jax.jit(functools.partial(systematic, num_prompts=n)) for n in (1, 16, 512)}
 
 
@@ -265,6 +277,8 @@ def test_counts_are_unbiased_over_keys_and_slots():
 
 
 def test_neighbours_too_come_together():
+    halves = np.asarray(slots[16](jax.random.key(0), np.eye(40, dtype=np.float32)[:2].sum(0) / 2))
+    assert np.sum(halves[:8]) not in (0, 8)  # nor does a part of the batch belong to one domain
     pairs = np.sort(over_keys(2, jnp.array([0.25, 0.25, 0.25, 0.25, 0, 0, 0])), axis=1)
     assert len(np.unique(pairs, axis=0)) == 6
 

@@ -133,6 +133,18 @@ def test_grade_moments_are_those_of_the_mixture(grades, groups, mean, spread):
     np.testing.assert_allclose(got.grade_uncertainty, np.average((values - mu) ** 2, weights=weights), atol=2e-5)
 
 
+def test_rounding_does_not_lift_the_variance_over_its_bound():
+    """Grades of 1 and 4 only keep the variance at its bound (4 - mu)(mu - 1) exactly, rounding aside."""
+    state, n = fresh(grade_uncertainty=np.full(D, 2.25, np.float32)), np.ones(D)
+    for step in range(40):
+        fours = (step + np.arange(D)) % 3
+        sums = stats(n_groups=n, n_grades=2 * n, grade_sum=2 + 3 * fours, grade_sq_sum=2 + 15 * fours)
+        state = jax.device_get(update(state, sums))
+        mu, variance = state.grade_mean, state.grade_uncertainty
+        assert np.all(variance <= (4 - mu) * (mu - 1))
+        np.testing.assert_allclose(variance, (4 - mu) * (mu - 1), atol=1e-5)
+
+
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=40)
 def test_an_update_equals_two_with_the_same_means(first, second, seed):

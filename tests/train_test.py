@@ -1,0 +1,251 @@
+"""The whole loop on a small random model: what it writes, exact resume, and that bad input is one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from infinite_jax import evaluate, export, record, resume, run_folder, session, train
+from models import hf, policy, source
+from models.architectures import from_hf
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> list[str]:
+    """Arguments of a run of seconds: two domains, a policy of 9,000 parameters, one bucket."""
+    folder = tmp_path_factory.mktemp("setting")
+    shape = LlamaConfig(
+        vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=261,
+    )  # fmt: skip
+    config = from_hf(shape)
+    hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
+    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True)).save_pretrained(folder / "model")
+    (folder / "small.yaml").write_text(
+        "defaults: [config, _self_]\n"
+        f"model: {{path: {folder / 'model'}}}\n"
+        "domains:\n"
+        "  - {name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5'}\n"
+        "  - {name: seen, test: 'gen:copy,split=test,size=3,seed=1', eval_only: true}\n"
+        "  - {name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', environment: number}\n"
+        "run: {steps: 6, eval_every: 2, checkpoint_every: 2, keep_last: 9}\n"
+        "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01}\n"
+        "eval: {batch: 8}\n"
+        "curriculum: {single_every: 3}\n"
+    )
+    return ["--config-dir", str(folder), "--config-name", "small"]
+
+
+@pytest.fixture(scope="module")
+def straight(setting, tmp_path_factory) -> Path:
+    """Six steps without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert train.main([*setting, f"run.dir={folder}"]) == 0
+    return folder
+
+
+def timeless(folder: Path) -> list[dict]:
+    rows = record.read(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def final_params(folder: Path):
+    config = run_folder.load_config(folder, [])
+    opened = session.open_session(config)
+    opened.grader.close()
+    return run_folder.restore(folder, opened.state, None)[1].train.params
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    assert timeless(a) == timeless(b)
+    for x, y in zip(jax.tree.leaves(final_params(a)), jax.tree.leaves(final_params(b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_writes_what_it_promises(straight):
+    rows = record.read(straight / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "eval/macro" in row] == [0, 2, 4, 6]
+    assert "reward/mean" not in rows[0]
+    for name in ("copy", "add"):
+        assert all(0 <= row[f"triage/acc_ema/{name}"] <= 1 for row in rows[1:])
+    assert all(row["triage/share/seen"] == 0 and row["pass_rate/seen"] is None for row in rows[1:])
+    assert "eval/pass_rate/seen" in rows[-1]
+    assert [row["curriculum/single_domain"] for row in rows[1:]] == [0, 0, 1, 0, 0, 1]
+    assert all(abs(sum(row[f"triage/share/{n}"] for n in ("copy", "seen", "add")) - 1) < 1e-5 for row in rows[1:])
+    assert (straight / "config.yaml").is_file() and list((straight / "tb").iterdir())
+    assert "NaN" not in (straight / "metrics.jsonl").read_text()
+
+
+def test_nothing_compiles_after_the_first_step(straight):
+    compiled = [row["time/compilations"] for row in record.read(straight / "metrics.jsonl")[1:]]
+    assert compiled[0] > 0 and compiled[1:] == [0] * 5, compiled
+
+
+def test_the_sampler_and_the_trainer_agree_in_float32(straight):
+    rows = record.read(straight / "metrics.jsonl")[1:]
+    assert all(row["rollout/logp_gap"] < 2e-6 for row in rows)
+
+
+def test_learning_rate_zero_leaves_the_policy_and_the_gap_alone(setting, tmp_path):
+    assert train.main([*setting, f"run.dir={tmp_path / 'run'}", "run.steps=3", "algorithm.learning_rate=0"]) == 0
+    rows = record.read(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert all(row["policy/kl"] < 1e-6 and row["rollout/logp_gap"] < 2e-6 for row in rows)
+    assert all(abs(row["policy/ratio"] - 1) < 1e-5 and row["policy/clip_fraction"] == 0 for row in rows)
+
+
+def test_six_steps_equal_three_and_resume_to_six(setting, straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*setting, f"run.dir={folder}", "run.steps=3"]) == 0
+    assert resume.main([str(folder), "run.steps=6"]) == 0
+    assert_equal_runs(folder, straight)
+    assert "continuing" in capsys.readouterr().out
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(setting, straight, tmp_path, caplog):
+    folder = tmp_path / "run"
+    assert train.main([*setting, f"run.dir={folder}", "run.steps=4"]) == 0
+    largest = max((folder / "checkpoints" / "4").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    largest.write_bytes(data)
+    assert resume.main([str(folder), "run.steps=6"]) == 0
+    assert any(str(largest.name) in message for message in caplog.messages)
+    assert_equal_runs(folder, straight)
+    assert (folder / "checkpoints" / "4.damaged").is_dir()
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 180
+    path = folder / "metrics.jsonl"
+    while not (path.is_file() and path.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_equals_one_that_never_stopped(setting, straight, tmp_path):
+    """pytest -m slow tests/train_test.py"""
+    folder = tmp_path / "run"
+    process = start(["infinite_jax.train", *setting, f"run.dir={folder}"])
+    wait_for_rows(folder, 4, process)
+    process.kill()
+    process.wait()
+    process = start(["infinite_jax.resume", str(folder)])
+    wait_for_rows(folder, 6, process)
+    process.kill()
+    process.wait()
+    assert resume.main([str(folder)]) == 0
+    assert_equal_runs(folder, straight)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75(setting, straight, tmp_path):
+    """pytest -m slow tests/train_test.py"""
+    folder = tmp_path / "run"
+    process = start(["infinite_jax.train", *setting, f"run.dir={folder}", "run.checkpoint_every=100"])
+    wait_for_rows(folder, 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run ended before the signal reached it")
+    assert process.returncode == 75 and b"infinite_jax.resume" in out
+    saved = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
+    assert saved == record.read(folder / "metrics.jsonl")[-1]["step"] > 0
+    assert resume.main([str(folder), "run.checkpoint_every=2"]) == 0
+    assert_equal_runs(folder, straight)
+
+
+def test_evaluate_and_export_agree_with_the_run(straight, tmp_path, capsys):
+    assert evaluate.main([str(straight)]) == 0
+    table = capsys.readouterr().out
+    last = record.read(straight / "metrics.jsonl")[-1]
+    for name in ("copy", "seen", "add"):
+        line = next(line for line in table.splitlines() if f"| {name} " in line)
+        assert f"{last[f'eval/pass_rate/{name}']:.3f} [" in line
+    assert export.main([str(straight), str(tmp_path / "out"), "step=best"]) == 0
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "copy: ab"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    theirs = model(torch.tensor([ids])).logits.detach().numpy()
+    config, params = hf.load(tmp_path / "out", np.float32)
+    np.testing.assert_allclose(policy.logits(config, params, np.array([ids])), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "verb, arguments, words",
+    [
+        (train, ["run.dir={run}"], ["run.dir={run}", "not empty", "resume"]),
+        (train, ["model.path=/nowhere/at/all"], ["/nowhere/at/all"]),
+        (train, ["algorithm.prompt_buckets=[4]"], ["tokens", "algorithm.prompt_buckets", "raise it"]),
+        (resume, ["{run}"], ["run.steps=6", "already"]),
+        (resume, ["{run}", "algorithm.kl_coef=9"], ["algorithm.kl_coef=9.0", "the run has 0.02"]),
+        (resume, ["{run}", "run.stepz=9"], ["run.stepz=9", "did you mean run.steps"]),
+        (resume, ["/nowhere"], ["/nowhere", "no config.yaml"]),
+        (export, ["{run}", "{run}"], ["{run}", "not empty"]),
+        (export, ["{run}", "{run}/out", "step=x"], ["step=x", "best"]),
+        (evaluate, ["{run}", "algorithm.prompts=9"], ["algorithm.prompts=9", "the run has"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(setting, straight, capsys, verb, arguments, words):
+    arguments = [argument.format(run=straight) for argument in arguments]
+    before = (straight / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit) as ended:
+        verb.main([*setting, *arguments] if verb is train else arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word.format(run=straight) in error for word in words), error
+    assert (straight / "metrics.jsonl").read_text() == before  # nothing saved is lost
+
+
+def test_an_edited_config_and_a_changed_reference_are_refused(setting, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*setting, f"run.dir={folder}", "run.steps=1"]) == 0
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(SystemExit):
+        resume.main([str(folder), "run.steps=2"])
+    assert "edited" in capsys.readouterr().err
+    stale = text.replace("reference_sha256: ", "reference_sha256: 00")
+    (folder / "config.yaml").write_text(stale)
+    with pytest.raises(SystemExit):
+        resume.main([str(folder), "run.steps=2"])
+    assert "not those the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "resume", "evaluate", "export"])
+def test_every_verb_answers_help(verb, capsys):
+    module = {"train": train, "resume": resume, "evaluate": evaluate, "export": export}[verb]
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0 and f"infinite_jax.{verb}" in capsys.readouterr().out
+
+
+def test_rows_of_the_record_survive_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1}\n{"step": 1, "eval/macro": 2, "b": 3}\n{"step": 2}\n{"step": 3, "a"')
+    record.truncate_after(path, 1, eval_every=2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 0, "a": 1}, {"step": 1, "b": 3}]
