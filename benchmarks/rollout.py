@@ -111,9 +111,8 @@ def main() -> None:
     ]
     if not given.no_torch:
         rows.append(("transformers generate", 1, theirs(given.rows, *work)))
-    print(
-        f"{jax.devices()[0].device_kind}, {given.rows} rows, {given.prompt} + {given.new} tokens, median of {given.repeats}"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"{device}, {given.rows} rows, {given.prompt} + {given.new} tokens, median of {given.repeats}")
     print("| engine | seconds | tokens/s | ms a step | share of the bandwidth roofline |\n|---|---|---|---|---|")
     for name, group, seconds in rows:
         bound = roofline(config, given.rows, group, given.prompt, given.new)

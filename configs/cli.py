@@ -46,7 +46,7 @@ def bad_input() -> Iterator[None]:
     """Within it, what the user gave is read and checked: a ValueError or missing file is one line and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, YAMLError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(BAD_INPUT) from error
 
@@ -68,8 +68,12 @@ def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> s
         with context:
             composed = compose(name.removesuffix(".yaml"), overrides=[*overrides, *search])
             data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(_one_line(error, overrides)) from error
+    except RecursionError as error:
+        raise ValueError(f"--config-dir {folder}: its config.yaml extends itself; give it another name") from error
+    if not isinstance(data, dict) or not data.keys() & {"algorithm", "domains"}:
+        raise ValueError(f"--config-name {name}: holds no configuration; begin it with `defaults: [config, _self_]`")
     return schema.build(schema.Config, data)
 
 
@@ -78,13 +82,15 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1)
+        if key in schema.known_keys():
+            return f"{key}: the file does not extend the base; begin it with `defaults: [config, _self_]`"
         value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(key + "=")), "")
         return f"unknown key {key}={value}: {schema.nearest(key, schema.known_keys())}"
     if found := re.search(
         r"Could not find '([^'/]+)/([^']+)'.*?Available options in '[^']+':(.*?)\n\s*\n", text + "\n\n", re.S
     ):
         group, option, available = found.groups()
-        return f"{group}={option}: no such option; {schema.nearest(option, available.split())}"
+        return f"{group}={option}: no such option; {schema.nearest(option, available.split('Config search path')[0].split())}"
     if found := re.search(r"Cannot find primary config '([^']+)'", text):
         return f"--config-name {found.group(1)}: no such file; use config, grpo, or a file of --config-dir"
     return " ".join(text.split())

@@ -8,6 +8,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -16,15 +17,11 @@ from typing import Any
 
 import yaml
 
-from curriculum import domains
 from curriculum.domains import DomainConfig
 from curriculum.policies import CurriculumConfig
 from models.source import ModelConfig
-from rubric import evaluator
 from rubric.evaluator import RubricConfig
-from sharding.mesh import MeshConfig, axis_sizes
-
-MAX_BUCKETS = 3  # each bucket is one compilation of rollout, scoring and update
+from sharding.mesh import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class AlgorithmConfig:
     top_k: int  # 0 = off
     top_p: float  # 1 = off
     advantage: str  # std | none | loo | global
-    clip_low: float
+    clip_low: float  # the clip acts from the second update on a batch; with one update a batch the ratio is 1
     clip_high: float
     importance_cap: float  # truncation of the sampler-to-trainer weight; 0 = off
     aggregation: str  # token_mean | seq_mean | seq_sum_const
@@ -89,52 +86,8 @@ class Config:
     mesh: MeshConfig
 
 
-# Keys whose change at resume is harmless: they bound or place the run and enter no computation.
-FREE_AT_RESUME = (
-    "run.dir",
-    "run.steps",
-    "run.eval_every",
-    "run.checkpoint_every",
-    "run.keep_last",
-    "run.keep_best",
-    "mesh",
-)
-
-CHOICES = {
-    "algorithm.advantage": ("std", "none", "loo", "global"),
-    "algorithm.aggregation": ("token_mean", "seq_mean", "seq_sum_const"),
-    "algorithm.zero_variance": ("keep", "drop"),
-    "algorithm.kl_type": ("loss", "reward", "none"),
-    "algorithm.kl_estimator": ("k1", "k2", "k3", "k3_is"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
-}
-
-AT_LEAST = {
-    "run.steps": 0,
-    "run.eval_every": 1,
-    "run.checkpoint_every": 1,
-    "run.keep_last": 1,
-    "run.keep_best": 0,
-    "algorithm.prompts": 1,
-    "algorithm.group_size": 2,
-    "algorithm.max_new_tokens": 1,
-    "algorithm.top_k": 0,
-    "algorithm.clip_low": 0,
-    "algorithm.clip_high": 0,
-    "algorithm.importance_cap": 0,
-    "algorithm.kl_coef": 0,
-    "algorithm.microbatches": 1,
-    "algorithm.learning_rate": 0,
-    "algorithm.lr_warmup_steps": 0,
-    "algorithm.lr_decay_steps": 0,
-    "algorithm.weight_decay": 0,
-    "eval.batch": 1,
-    "eval.prompts": 0,
-    "eval.samples": 1,
-}
-
-ABOVE_ZERO = ("algorithm.temperature", "algorithm.top_p", "algorithm.max_grad_norm", "algorithm.adam_eps")
+# Keys whose change at resume is harmless: they bound the run or place it, and enter no computation.
+FREE_AT_RESUME = ("run.steps", "run.eval_every", "run.checkpoint_every", "run.keep_last", "run.keep_best", "mesh")
 
 
 def build(cls: type, data: object, key: str = "") -> Any:
@@ -194,42 +147,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
-def validate(config: Config, num_devices: int) -> None:
-    """Raises ValueError, one line, on values that no run can use. Nothing has been compiled or read by then."""
-    for key, choices in CHOICES.items():
-        if (value := get(config, key)) not in choices:
-            raise ValueError(f"{key}={value!r}: expected one of {', '.join(choices)}")
-    for key, least in AT_LEAST.items():
-        if (value := get(config, key)) < least:
-            raise ValueError(f"{key}={value}: must be at least {least}" + _why(key))
-    for key in ABOVE_ZERO:
-        if (value := get(config, key)) <= 0:
-            raise ValueError(f"{key}={value}: must be above 0")
-    if config.algorithm.top_p > 1:
-        raise ValueError(f"algorithm.top_p={config.algorithm.top_p}: must be at most 1 (1 = off)")
-    buckets = config.algorithm.prompt_buckets
-    if not 1 <= len(buckets) <= MAX_BUCKETS or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise ValueError(
-            f"algorithm.prompt_buckets={list(buckets)}: give one to {MAX_BUCKETS} ascending lengths, such as [64, 128]"
-        )
-    data, fsdp, _, _ = axis_sizes(config.mesh, num_devices)
-    parts = data * fsdp * config.algorithm.microbatches
-    rows = config.algorithm.prompts * config.algorithm.group_size
-    if rows % parts:
-        raise ValueError(
-            f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
-            f"microbatches {config.algorithm.microbatches} = {parts}: set algorithm.prompts to a multiple of {parts}"
-        )
-    domains.check(config.domains)
-    evaluator.check([domain.environment for domain in config.domains], config.rubric)
-    if not any(not domain.eval_only for domain in config.domains):
-        raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
-
-
-def _why(key: str) -> str:
-    return " (the advantage compares samples of one prompt)" if key == "algorithm.group_size" else ""
-
-
 def get(config: Config, key: str) -> Any:
     """The value under a dotted key: get(config, "run.steps")."""
     return functools.reduce(getattr, key.split("."), config)
@@ -240,6 +157,10 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
     data = as_dict(config)
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
+        if equals and key in typing.get_type_hints(Config):
+            raise ValueError(
+                f"argument {assignment!r}: groups are chosen at the start; set single keys, {key}.<name>=..."
+            )
         if not equals or key not in known_keys():
             raise ValueError(f"argument {assignment!r}: expected key=value; {nearest(key, known_keys())}")
         *sections, name = key.split(".")
@@ -266,11 +187,33 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """sha256 over every key that enters a computation (not FREE_AT_RESUME, not run.name)."""
-    kept = {key: value for key, value in flat(config).items() if not covers(FREE_AT_RESUME, key) and key != "run.name"}
+    """sha256 over every key that enters a computation (not FREE_AT_RESUME, not the run's name and place)."""
+    left_out = (*FREE_AT_RESUME, "run.name", "run.dir")
+    kept = {key: value for key, value in flat(config).items() if not covers(left_out, key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def covers(keys: Iterable[str], key: str) -> bool:
     """Whether `key` is one of `keys` or lies in a section that is."""
     return any(key == each or key.startswith(each + ".") for each in keys)
+
+
+def located(config: Config) -> Config:
+    """`config` with the paths of existing files and folders made absolute, so that a run continues from anywhere."""
+
+    def absolute(path: str | None) -> str | None:
+        return os.path.abspath(path) if path and os.path.exists(path) else path
+
+    sources = [
+        dataclasses.replace(
+            domain,
+            train=absolute(domain.train),
+            test=absolute(domain.test),
+            environment=absolute(domain.environment) if domain.environment.endswith(".py") else domain.environment,
+        )
+        for domain in config.domains
+    ]
+    model = config.model
+    if model.path != "tiny":
+        model = dataclasses.replace(model, path=absolute(model.path))
+    return dataclasses.replace(config, model=model, domains=tuple(sources))

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_config_arguments(arguments)
     given = arguments.parse_args(argv)
     with cli.bad_input():
-        if given.overrides and "=" not in given.overrides[0]:
+        if given.overrides and ("=" not in given.overrides[0] or Path(given.overrides[0]).is_dir()):
             step, overrides = run_folder.take_step(given.overrides[1:])
             run_dir = Path(given.overrides[0])
             config = run_folder.load_config(run_dir, overrides, also_free=("eval",))
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         session = open_session(config)
         state = session.state
         if run_dir is not None:
-            number, state = run_folder.restore(run_dir, state, step)
+            number, state = run_folder.checkpoints(run_dir).restore(run_folder.abstract(state), step)
             print(f"{run_dir}, step {number}")
     with session.grader:
         results = session.evaluator.run(state.train.params)

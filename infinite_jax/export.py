@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{given.out} is not empty: name another folder")
         session = open_session(run_folder.load_config(given.run_dir, overrides))
         session.grader.close()
-        number, state = run_folder.restore(given.run_dir, session.state, step)
-    hf.save(session.decoder, state.train.params, given.out)
-    session.tokenizer.save_pretrained(given.out)
+        number, state = run_folder.checkpoints(given.run_dir).restore(run_folder.abstract(session.state), step)
+        hf.save(session.decoder, state.train.params, given.out)
+        session.tokenizer.save_pretrained(given.out)
     print(f"step {number} of {given.run_dir} -> {given.out}")
     return cli.DONE
 

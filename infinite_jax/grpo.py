@@ -90,10 +90,9 @@ def token_weights(mask_BT: jax.Array, kind: str, max_new_tokens: int) -> jax.Arr
     raise ValueError(f"algorithm.aggregation={kind!r} is not one of token_mean, seq_mean, seq_sum_const")
 
 
-def penalised_reward(reward_B, logp_BT, logp_ref_BT, mask_BT, kl_coef: float, kind: str) -> jax.Array:
-    """Reward less kl_coef times the summed KL estimate of the row's own tokens (KL in the reward), float32 [B]."""
-    kl_BT = kl_estimate(logp_BT, logp_ref_BT, kind)
-    return reward_B - kl_coef * jnp.sum(jnp.where(mask_BT, kl_BT, 0.0), axis=1)
+def kl_penalty(logp_BT, logp_ref_BT, mask_BT, kind: str) -> jax.Array:
+    """KL as part of the reward: the estimates of a row's own tokens summed, float32 [B]."""
+    return jnp.sum(jnp.where(mask_BT, kl_estimate(logp_BT, logp_ref_BT, kind), 0.0), axis=1)
 
 
 def token_loss(config: AlgorithmConfig, logp_BT, entropy_BT, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -181,19 +180,21 @@ def optimizer(config: AlgorithmConfig) -> optax.GradientTransformation:
 def train_step(
     config: AlgorithmConfig, logp_fn: LogpFn, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. A non-finite loss or gradient leaves parameters and moments untouched and counts as skipped."""
+    """One update. A non-finite loss, gradient or update, or a batch without a token to learn from, leaves parameters
+    and moments untouched and counts as skipped."""
     loss, metrics, grads = loss_and_grad(config, logp_fn, state.params, batch)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
     rate = learning_rate(config, state.step)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(rate * optax.tree.norm(updates))
+    usable = finite & jnp.any(batch.loss_mask_BT)
     params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(usable, new, old))
     new = TrainState(keep(params, state.params), keep(opt_state, state.opt_state), state.step + 1)
     metrics |= {
         "loss": loss,
         "policy/grad_norm": grad_norm,
         "policy/learning_rate": rate,
-        "policy/skipped": 1.0 - finite.astype(jnp.float32),
+        "policy/skipped": 1.0 - usable.astype(jnp.float32),
     }
     return new, metrics

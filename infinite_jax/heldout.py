@@ -39,6 +39,7 @@ class Evaluator:
         mesh: Mesh,
         tokenizer,
         stop_ids: tuple[int, ...],
+        pad_id: int,
         test: Sequence[Sequence[Prompt]],
         names: Sequence[str],
         grader: RubricEvaluator,
@@ -46,7 +47,7 @@ class Evaluator:
     ):
         self.config, self.algorithm, self.decoder, self.mesh = config, algorithm, decoder, mesh
         self.tokenizer, self.names, self.grader, self.seed = tokenizer, names, grader, seed
-        self.greedy = Sampling(0.0, 0, 1.0, algorithm.max_new_tokens, 1, stop_ids, tokenizer.pad_token_id)
+        self.greedy = Sampling(0.0, 0, 1.0, algorithm.max_new_tokens, 1, stop_ids, pad_id)
         kept = [domain[: config.prompts or None] for domain in test]
         # by length, so that a batch pays for its own bucket; static batches, the last one filled up
         self.test = sorted((prompt for domain in kept for prompt in domain), key=lambda prompt: len(prompt.ids))

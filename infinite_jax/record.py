@@ -10,12 +10,12 @@ from tensorboardX import SummaryWriter
 
 
 class RunLog:
-    """Appends rows to RUN_DIR/metrics.jsonl. Undefined is null, never NaN. Context manager."""
+    """Appends rows to RUN_DIR/metrics.jsonl, those after `start`. Undefined is null, never NaN. Context manager."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, start: int):
         self.path = run_dir / "metrics.jsonl"
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tb"))
+        self._board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, metrics: dict[str, float | int | None]) -> None:
         row = {"step": step} | {key: _defined(value) for key, value in metrics.items()}
@@ -77,14 +77,14 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def truncate_after(path: Path, step: int, eval_every: int) -> None:
-    """Keeps rows up to `step`: those after the checkpoint that a run continues from are written again.
+def truncate_after(path: Path, step: int | None, eval_every: int) -> None:
+    """Keeps rows up to `step` (None: none): those after the checkpoint that a run continues from are written again.
 
     The evaluation that `step` has only because the run ended there is dropped, so that the file ends up equal to that
     of a run that never stopped.
     """
-    kept = [row for row in read(path) if row["step"] <= step]
-    if step % eval_every and kept:
+    kept = [row for row in read(path) if step is not None and row["step"] <= step] if path.is_file() else []
+    if kept and step % eval_every:
         kept[-1] = {key: value for key, value in kept[-1].items() if not key.startswith("eval/")}
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -20,21 +20,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="run.steps, run.*_every, run.keep_*, mesh.*"
     )
     given = arguments.parse_args(argv)
+    run_dir = given.run_dir
     with cli.bad_input():
-        config = run_folder.load_config(given.run_dir, given.overrides)
+        config = run_folder.load_config(run_dir, given.overrides)
         set_up_runtime(config)
         session = open_session(config)
-        start, state = run_folder.restore(given.run_dir, session.state, None)
-        if start >= config.run.steps:
+        try:
+            run_folder.check_data(run_dir, session.data_sha256)
+            # one copy of the state at a time: the fresh one is freed before the saved one is read
+            session, fresh = session._replace(state=None), session.state
+            abstract, start = run_folder.abstract(fresh), None
+            if run_folder.checkpoints(run_dir).steps():
+                fresh = None
+                start, fresh = run_folder.checkpoints(run_dir).restore(abstract)
+                if start >= config.run.steps:
+                    raise ValueError(
+                        f"run.steps={config.run.steps}: the run is at step {start} already; give a larger one"
+                    )
+            record.truncate_after(run_dir / "metrics.jsonl", start, run_folder.saved_eval_every(run_dir))
+            run_folder.save_config(run_dir, config, session.data_sha256)
+        except BaseException:
             session.grader.close()
-            raise ValueError(
-                f"run.steps={config.run.steps}: the run is at step {start} already; give a larger run.steps"
-            )
-        run_folder.save_config(given.run_dir, config)
-        record.truncate_after(given.run_dir / "metrics.jsonl", start, config.run.eval_every)
+            raise
     with session.grader:
-        print(f"continuing {given.run_dir} after step {start}")
-        return train(session, given.run_dir, state, after=start)
+        print(f"continuing {run_dir} " + ("from its beginning" if start is None else f"after step {start}"))
+        return train(session, run_dir, fresh, start)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import datetime
 import os
 from pathlib import Path
 
+import jax
 import yaml
 
 from configs import schema
@@ -13,21 +14,25 @@ from infinite_jax.types import RunState
 from models import source
 
 
-def claim(config: Config) -> Path:
-    """Makes run.dir (default runs/<name>-<UTC time>). Raises ValueError if it holds anything."""
+def choose(config: Config) -> Path:
+    """run.dir (default runs/<name>-<UTC time>). Raises ValueError if it holds anything. Makes nothing yet."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.dir or f"runs/{config.run.name}-{stamp}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"run.dir={folder} is not empty: continue it with `python -m infinite_jax.resume {folder}` or name another"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def save_config(folder: Path, config: Config) -> None:
-    """config.yaml: the resolved configuration, its hash, and the hash of the weights that are the KL reference."""
-    provenance = {"config_hash": schema.config_hash(config), "reference_sha256": source.content_hash(config.model.path)}
+def save_config(folder: Path, config: Config, data_sha256: str) -> None:
+    """config.yaml: the resolved configuration, and hashes of it, of the KL reference's weights and of the data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    provenance = {
+        "config_hash": schema.config_hash(config),
+        "reference_sha256": source.content_hash(config.model.path),
+        "data_sha256": data_sha256,
+    }
     text = yaml.safe_dump(schema.as_dict(config) | {"provenance": provenance}, sort_keys=False)
     scratch = folder / "config.yaml.tmp"
     scratch.write_text(text, encoding="utf-8")
@@ -41,10 +46,7 @@ def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] =
     reference weights are not those that the run began with.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder}: no config.yaml there, so this is no run directory")
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    provenance = data.pop("provenance")
+    data, provenance = _read(path)
     saved = schema.build(Config, data)
     if schema.config_hash(saved) != provenance["config_hash"]:
         raise ValueError(f"{path}: edited since the run began (hash differs): undo the edit, or start another run")
@@ -63,6 +65,29 @@ def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] =
     return config
 
 
+def _read(path: Path) -> tuple[dict, dict]:
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: no config.yaml there, so this is no run directory")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return data, data.pop("provenance")
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: not the file that a run writes: restore it from a backup") from error
+
+
+def check_data(folder: Path, data_sha256: str) -> None:
+    """Raises ValueError if the rows read are not those that the run began with."""
+    found = _read(folder / "config.yaml")[1].get("data_sha256")
+    if found != data_sha256:
+        raise ValueError(
+            f"{folder}: the data has changed since the run began: put the files back, or start another run"
+        )
+
+
+def saved_eval_every(folder: Path) -> int:
+    return _read(folder / "config.yaml")[0]["run"]["eval_every"]
+
+
 def take_step(overrides: list[str]) -> tuple[int | str | None, list[str]]:
     """Splits step=best or step=N off a verb's arguments; None = the newest. Raises ValueError on another value."""
     steps = [item.removeprefix("step=") for item in overrides if item.startswith("step=")]
@@ -74,6 +99,15 @@ def take_step(overrides: list[str]) -> tuple[int | str | None, list[str]]:
     return int(steps[-1]), rest
 
 
-def restore(folder: Path, state: RunState, step: int | str | None) -> tuple[int, RunState]:
-    """The newest, best or given step that is intact, onto the shardings of `state`."""
-    return Checkpointer(folder / "checkpoints", keep_last=1, keep_best=0).restore(state, step)
+def checkpoints(folder: Path) -> Checkpointer:
+    """The run's checkpoints, for reading."""
+    return Checkpointer(folder / "checkpoints", keep_last=1, keep_best=0)
+
+
+def abstract(state: RunState) -> RunState:
+    """Shapes, dtypes and shardings of `state`, which may then be freed; numpy leaves stay as they are."""
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(shape, state)

@@ -3,6 +3,9 @@
 All that the user gave is read and checked here, before anything is compiled.
 """
 
+import hashlib
+import itertools
+import json
 import os
 from typing import NamedTuple
 
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from configs import schema
+from configs import limits
 from configs.schema import Config
 from curriculum import domains, policies
 from infinite_jax import prompts
@@ -35,6 +38,7 @@ class Session(NamedTuple):
     evaluator: Evaluator
     trainer: InfiniteGRPOTrainer
     state: RunState  # of step 0
+    data_sha256: str  # of every row read
 
 
 def set_up_runtime(config: Config) -> None:
@@ -50,27 +54,27 @@ def open_session(config: Config) -> Session:
 
     The caller closes `grader`.
     """
-    schema.validate(config, jax.device_count())
+    limits.validate(config, jax.device_count())
     mesh = make_mesh(config.mesh)
     names = [domain.name for domain in config.domains]
     grader = RubricEvaluator([domain.environment for domain in config.domains], config.rubric)
     try:
         text = source.load_tokenizer(config.model)
-        stop_ids = tokenizer.stop_ids(text, source.resolve(config.model.path))
         train, test = _read_domains(config, text)
         decoder, params = source.load(config.model, mesh)
+        stop_ids, pad_id = _markup(config, text, decoder, [*train, *test])
     except BaseException:
         grader.close()
         raise
     stream = Stream(train, names, config.run.seed)
     curriculum = policies.build(config.curriculum)
     # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
-    reference = jax.tree.map(jnp.copy, policy.cast(decoder, params))
-    shared = (decoder, mesh)
+    reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
+    shared, ids = (decoder, mesh), (text, stop_ids, pad_id)
     trainer = InfiniteGRPOTrainer(
-        config.algorithm, *shared, reference, text, stop_ids, names, stream, curriculum, grader, config.run.seed
+        config.algorithm, *shared, reference, *ids, names, stream, curriculum, grader, config.run.seed
     )
-    evaluator = Evaluator(config.eval, config.algorithm, *shared, text, stop_ids, test, names, grader, config.run.seed)
+    evaluator = Evaluator(config.eval, config.algorithm, *shared, *ids, test, names, grader, config.run.seed)
     triage = curriculum.init(
         config.run.seed,
         [domain.weight for domain in config.domains],
@@ -81,7 +85,7 @@ def open_session(config: Config) -> Session:
     triage = jax.device_put(triage, NamedSharding(mesh, PartitionSpec()))
     nowhere_D = np.zeros(len(names), np.int32)
     state = RunState(initial_train_state(config.algorithm, decoder, params, mesh), triage, nowhere_D, nowhere_D.copy())
-    return Session(config, mesh, decoder, text, names, grader, evaluator, trainer, state)
+    return Session(config, mesh, decoder, text, names, grader, evaluator, trainer, state, _data_hash(train, test))
 
 
 def _read_domains(config: Config, text) -> tuple[list, list]:
@@ -91,3 +95,29 @@ def _read_domains(config: Config, text) -> tuple[list, list]:
         for kept, rows in ((train, domain.train_rows), (test, domain.test_rows)):
             kept.append(prompts.tokenise(text, rows, index, domain.name, limit, template))
     return train, test
+
+
+def _markup(config: Config, text, decoder: DecoderConfig, prompted: list) -> tuple[tuple[int, ...], int]:
+    """(stop ids, pad id), after checking that model, tokenizer and lengths belong together."""
+    stop_ids, pad_id = tokenizer.stop_ids(text, source.resolve(config.model.path)), tokenizer.pad_id(text)
+    largest = max([pad_id, *(max(prompt.ids) for domain in prompted for prompt in domain)])
+    known = tuple(stop for stop in stop_ids if stop < decoder.vocab_size)
+    if largest >= decoder.vocab_size or not known:
+        raise ValueError(
+            f"model.path={config.model.path}: the tokenizer uses ids up to {max(largest, *stop_ids)}, the model knows "
+            f"{decoder.vocab_size}: use the tokenizer that the model was trained with"
+        )
+    longest = config.algorithm.prompt_buckets[-1] + config.algorithm.max_new_tokens
+    if longest > decoder.max_length:
+        raise ValueError(
+            f"algorithm.prompt_buckets + algorithm.max_new_tokens = {longest} tokens, more than the model's "
+            f"{decoder.max_length}: lower one of them"
+        )
+    return known, pad_id
+
+
+def _data_hash(train: list, test: list) -> str:
+    digest = hashlib.sha256()
+    for prompt in itertools.chain.from_iterable([*train, *test]):
+        digest.update(json.dumps([prompt.row, prompt.ids], sort_keys=True).encode())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
+from configs.schema import located
 from infinite_jax import heldout, record, run_folder
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.progress import Progress, before_after
@@ -24,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_config_arguments(arguments)
     given = arguments.parse_args(argv)
     with cli.bad_input():
-        config = cli.compose_config(given.config_name, given.config_dir, given.overrides)
-        run_dir = run_folder.claim(config)
+        config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
+        run_dir = run_folder.choose(config)
         set_up_runtime(config)
         session = open_session(config)
-        run_folder.save_config(run_dir, config)
+        run_folder.save_config(run_dir, config, session.data_sha256)
     with session.grader:
-        return train(session, run_dir, session.state)
+        return train(session._replace(state=None), run_dir, session.state)
 
 
 def train(session: Session, run_dir: Path, state: RunState, after: int | None = None) -> int:
@@ -39,10 +40,11 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
     Returns the exit code: 0 done, 75 stopped by SIGTERM or Ctrl-C after saving.
     """
     run, stop, start = session.config.run, StopSignal(), after or 0
+    step, warned = start, set()
     compilations = record.CompilationCounter()
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
-        record.RunLog(run_dir) as log,
+        record.RunLog(run_dir, start) as log,
         Progress(session.names, run.steps, start) as progress,
         stop,
     ):
@@ -50,15 +52,17 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             metrics = evaluate(session, run_dir, 0, state)
             log.write(0, metrics)
             progress.show(0, metrics)
+            warn_of_failures(session, warned)
             save(checkpoints, log, 0, state, metrics)
         for step in range(start + 1, run.steps + 1):
-            state, done = session.trainer.step(state)
-            last, metrics = step == run.steps, done.metrics
+            state, metrics = session.trainer.step(state)
+            last = step == run.steps
             if last or step % run.eval_every == 0:
                 metrics |= evaluate(session, run_dir, step, state)
             metrics |= compilations.since_last() | record.memory()
             log.write(step, metrics)
             progress.show(step, metrics)
+            warn_of_failures(session, warned)
             if last or stop.asked or step % run.checkpoint_every == 0:
                 save(checkpoints, log, step, state, metrics)
             if stop.asked:
@@ -67,7 +71,9 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
         print(f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}")
         return cli.PREEMPTED
     ends = (0, run.steps)
-    print(before_after(*(heldout.load(evaluation_file(run_dir, step)) for step in ends), ends))
+    files = [evaluation_file(run_dir, step) for step in ends]
+    if all(file.is_file() for file in files):
+        print(before_after(*map(heldout.load, files), ends))
     print(f"run: {run_dir}")
     return cli.DONE
 
@@ -82,6 +88,15 @@ def evaluate(session: Session, run_dir: Path, step: int, state: RunState) -> dic
 
 def evaluation_file(run_dir: Path, step: int) -> Path:
     return run_dir / "evaluations" / f"{step}.npz"
+
+
+def warn_of_failures(session: Session, warned: set) -> None:
+    """One line for each new reason why a domain's grader gave no answer: such rows train nothing."""
+    for (domain, reason), rows in session.grader.failures.items():
+        if (domain, reason) not in warned:
+            warned.add((domain, reason))
+            name = session.names[domain]
+            print(f"warning: domain {name}: {rows} replies could not be graded: {reason}", file=sys.stderr)
 
 
 def save(checkpoints: Checkpointer, log: record.RunLog, step: int, state: RunState, metrics: dict) -> None:

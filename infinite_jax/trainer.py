@@ -7,7 +7,6 @@ The step takes the whole RunState and returns the next one; the trainer itself h
 
 import functools
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +29,7 @@ from sharding.rules import sharding, tree_shardings
 ROLLOUT_STREAM, EVAL_STREAM = 0, 1  # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
 
 
-class StepRecord(NamedTuple):
-    """What one step leaves for the log."""
-
-    step: int  # updates done, this one included
-    metrics: dict[str, float | int | None]
-    samples: list[tuple[Prompt, str, float]]  # the best and the worst (prompt, reply, grade) of the step
+Metrics = dict[str, float | int | None]
 
 
 class Clock:
@@ -69,6 +63,7 @@ class InfiniteGRPOTrainer:
         reference,
         tokenizer,
         stop_ids: tuple[int, ...],
+        pad_id: int,
         names: list[str],
         stream: Stream,
         curriculum,
@@ -85,7 +80,7 @@ class InfiniteGRPOTrainer:
             config.max_new_tokens,
             config.group_size,
             stop_ids,
-            tokenizer.pad_token_id,
+            pad_id,
         )
 
         def logp_fn(params, tokens_BT, mask_BT):
@@ -97,8 +92,8 @@ class InfiniteGRPOTrainer:
         self._triage = jax.jit(curriculum.update)
         self._observe = jax.jit(curriculum.metrics)
 
-    def step(self, state: RunState) -> tuple[RunState, StepRecord]:
-        """One update. `state.train` is donated: use the returned state only.
+    def step(self, state: RunState) -> tuple[RunState, Metrics]:
+        """One update and its metrics. `state.train` is donated: use the returned state only.
 
         Waits for the update before it returns, so that the times of the phases are exact; the host work that could
         overlap with it (drawing and padding the next prompts) is a few milliseconds.
@@ -119,10 +114,7 @@ class InfiniteGRPOTrainer:
             clock.lap("update")
             triage = self._observe(curriculum, draw.p_D)
         metrics = self._metrics(rollout, grades, draw.single, metrics, triage) | clock.seconds
-        best, worst = int(np.argmax(grades.grade_B)), int(np.argmin(grades.grade_B))
-        group = self.config.group_size
-        samples = [(chosen[b // group], replies[b], float(grades.grade_B[b])) for b in (best, worst)]
-        return RunState(train, curriculum, cursor_D, epoch_D), StepRecord(step + 1, metrics, samples)
+        return RunState(train, curriculum, cursor_D, epoch_D), metrics
 
     def rollout(self, params, chosen: list[Prompt], step: int) -> Rollout:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p."""
@@ -186,16 +178,16 @@ def prepare(config: AlgorithmConfig, logp_fn, num_domains: int, params, referenc
     scored = (rollout.tokens_BT, rollout.loss_mask_BT)
     logp_old_BT = score(config, logp_fn, params, *scored)
     logp_ref_BT = logp_old_BT if config.kl_type == "none" else score(config, logp_fn, reference, *scored)
-    reward_B = grades.reward_B
-    if config.kl_type == "reward":
-        reward_B = grpo.penalised_reward(
-            reward_B, logp_old_BT, logp_ref_BT, rollout.loss_mask_BT, config.kl_coef, config.kl_estimator
-        )
     valid_PG = grades.valid_B.reshape(groups)
-    advantage_PG = grpo.group_advantage(reward_B.reshape(groups), valid_PG, config.advantage)
+    advantage_PG = grpo.group_advantage(grades.reward_B.reshape(groups), valid_PG, config.advantage)
     learnt_B = grades.valid_B
     if config.zero_variance == "drop":
         learnt_B &= jnp.repeat(jnp.any(advantage_PG != 0, axis=1), config.group_size)
+    if config.kl_type == "reward":
+        # Its own centred term: inside the normalisation, a group whose replies are all right would have nothing but
+        # the penalty's noise to divide, and that noise would come out as large as any advantage.
+        penalty_B = grpo.kl_penalty(logp_old_BT, logp_ref_BT, rollout.loss_mask_BT, config.kl_estimator)
+        advantage_PG -= config.kl_coef * grpo.group_advantage(penalty_B.reshape(groups), valid_PG, "none")
     mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
     batch = Batch(
         tokens_BT=rollout.tokens_BT,
@@ -204,8 +196,8 @@ def prepare(config: AlgorithmConfig, logp_fn, num_domains: int, params, referenc
         logp_old_BT=logp_old_BT,
         logp_ref_BT=logp_ref_BT,
         advantage_BT=jnp.where(mask_BT, advantage_PG.reshape(-1, 1), 0.0),
-        kl_coef_B=jnp.full(reward_B.shape, config.kl_coef if config.kl_type == "loss" else 0.0, jnp.float32),
-        lr_scale_B=jnp.ones(reward_B.shape, jnp.float32),
+        kl_coef_B=jnp.full(learnt_B.shape, config.kl_coef if config.kl_type == "loss" else 0.0, jnp.float32),
+        lr_scale_B=jnp.ones(learnt_B.shape, jnp.float32),
     )
     domain_P = rollout.domain_B.reshape(groups)[:, 0]
     stats = statistics(domain_P, grades.grade_B.reshape(groups), grades.reward_B.reshape(groups), valid_PG, num_domains)

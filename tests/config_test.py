@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import yaml
 
-from configs import cli, schema
+from configs import cli, limits, schema
 from configs.cli import compose_config
 
 
 def refusal(*overrides, name="config", folder=None, devices=1) -> str:
     with pytest.raises(ValueError) as caught:
-        schema.validate(compose_config(name, folder, list(overrides)), devices)
+        limits.validate(compose_config(name, folder, list(overrides)), devices)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -50,6 +50,12 @@ def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_p
         (["algorithm.kl_estimator=k4"], ["algorithm.kl_estimator='k4'", "k3_is"]),
         (["algorithm.prompt_buckets=[64,32]"], ["algorithm.prompt_buckets=[64, 32]", "ascending"]),
         (["algorithm.temperature=0"], ["algorithm.temperature=0", "above 0"]),
+        (["algorithm.learning_rate=nan"], ["algorithm.learning_rate=nan", "finite"]),
+        (["algorithm.adam_b1=1.0"], ["algorithm.adam_b1=1.0", "at most"]),
+        (["algorithm.prompts=20000"], ["algorithm.prompts=20000", "at most 16384"]),
+        (["run.seed=99999999999"], ["run.seed=99999999999", "at most"]),
+        (["algorithm.top_k=5"], ["algorithm.importance_cap=2.0", "set algorithm.importance_cap=0"]),
+        (["model.path=''"], ["model.path=''", "name a folder"]),
         (["run.steps=1.5"], ["run.steps=1.5", "whole number"]),
         (["mesh.data=3"], ["data=3", "1 devices"]),
         (["run.steps"], ["'run.steps'", "key=value"]),
@@ -75,6 +81,8 @@ def test_a_batch_that_the_mesh_does_not_divide():
         ("domains: [{name: a, test: x}]", ["domains[0].train", "eval_only"]),
         ("run: {steps: [1]}", ["run.steps=[1]", "whole number"]),
         ("run: 3", ["run"]),
+        ("domains: [{name: a, train: x, test: y, rubric: z}]", ["domains[0].rubric='z'", "leave rubric out"]),
+        ("domains: [{name: a, train: x, test: y, arrives: 9}]", ["arrives at step 9", "to 0"]),
         ("run: {steps: 1", ["mine.yaml"]),
     ],
 )
@@ -82,6 +90,14 @@ def test_bad_files_are_one_line(tmp_path, text, words):
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\n" + text + "\n")
     message = refusal(name="mine", folder=str(tmp_path))
     assert all(word in message for word in words), message
+
+
+def test_a_file_that_is_no_extension_of_the_base(tmp_path):
+    (tmp_path / "config.yaml").write_text("defaults: [config, _self_]\n")
+    assert "another name" in refusal(name="config", folder=str(tmp_path))
+    (tmp_path / "bare.yaml").write_text("run: {steps: 3}\n")
+    assert "defaults: [config, _self_]" in refusal(name="bare", folder=str(tmp_path))
+    assert "defaults: [config, _self_]" in refusal("run.dir=x", name="bare", folder=str(tmp_path))
 
 
 def test_missing_files_are_one_line(tmp_path):

@@ -254,6 +254,13 @@ def test_a_non_finite_step_is_skipped_and_counted():
     assert metrics["policy/skipped"] == 1 and after.step == 8
     for a, b in zip(jax.tree.leaves(after[:2]), jax.tree.leaves(state[:2])):
         np.testing.assert_array_equal(a, b)
+    empty = batch._replace(loss_mask_BT=jnp.zeros_like(batch.loss_mask_BT))
+    after, metrics = grpo.train_step(dataclasses.replace(CONFIG, weight_decay=0.1), bigram, state, empty)
+    assert metrics["policy/skipped"] == 1  # nothing to learn from: weight decay must not run either
+    np.testing.assert_array_equal(after.params, PARAMS)
+    after, metrics = grpo.train_step(dataclasses.replace(CONFIG, learning_rate=float("inf")), bigram, state, batch)
+    assert metrics["policy/skipped"] == 1
+    np.testing.assert_array_equal(after.params, PARAMS)
     after, metrics = grpo.train_step(CONFIG, bigram, state, batch)
     assert metrics["policy/skipped"] == 0 and optax.tree.norm(after.params - PARAMS) > 0
 
@@ -261,5 +268,5 @@ def test_a_non_finite_step_is_skipped_and_counted():
 def test_kl_in_the_reward_by_hand():
     logp, ref = jnp.log(jnp.array([[1.0, 0.5, 0.5]])), jnp.log(jnp.array([[1.0, 0.25, 0.5]]))
     mask = jnp.array([[False, True, True]])
-    found = grpo.penalised_reward(jnp.array([1.0]), logp, ref, mask, 0.1, "k1")
-    np.testing.assert_allclose(found, [1 - 0.1 * np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(grpo.kl_penalty(logp, ref, mask, "k1"), [np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(grpo.kl_penalty(logp, ref, mask, "k2"), [np.log(2) ** 2 / 2], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory) -> list[str]:
-    """Arguments of a run of seconds: two domains, a policy of 9,000 parameters, one bucket."""
+    """Arguments of a run of seconds: a policy of 17,000 parameters, one bucket, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
+    (folder / "checksum.py").write_text(
+        "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
+    )
+    grader = f"environment: {folder / 'checksum.py'}"
     shape = LlamaConfig(
         vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=261,
@@ -35,13 +40,14 @@ def setting(tmp_path_factory) -> list[str]:
         "defaults: [config, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"
         "domains:\n"
-        "  - {name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5'}\n"
+        f"  - {{name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', {grader}}}\n"
         "  - {name: seen, test: 'gen:copy,split=test,size=3,seed=1', eval_only: true}\n"
-        "  - {name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', environment: number}\n"
+        f"  - {{name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', {grader}}}\n"
         "run: {steps: 6, eval_every: 2, checkpoint_every: 2, keep_last: 9}\n"
         "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01}\n"
         "eval: {batch: 8}\n"
         "curriculum: {single_every: 3}\n"
+        "rubric: {workers: 1}\n"
     )
     return ["--config-dir", str(folder), "--config-name", "small"]
 
@@ -59,16 +65,16 @@ def timeless(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-def final_params(folder: Path):
+def final_state(folder: Path):
     config = run_folder.load_config(folder, [])
     opened = session.open_session(config)
     opened.grader.close()
-    return run_folder.restore(folder, opened.state, None)[1].train.params
+    return run_folder.checkpoints(folder).restore(run_folder.abstract(opened.state))[1]
 
 
 def assert_equal_runs(a: Path, b: Path) -> None:
     assert timeless(a) == timeless(b)
-    for x, y in zip(jax.tree.leaves(final_params(a)), jax.tree.leaves(final_params(b)), strict=True):
+    for x, y in zip(jax.tree.leaves(final_state(a)), jax.tree.leaves(final_state(b)), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -77,6 +83,7 @@ def test_a_run_writes_what_it_promises(straight):
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if "eval/macro" in row] == [0, 2, 4, 6]
     assert "reward/mean" not in rows[0]
+    assert all(row["policy/grad_norm"] > 0 and row["policy/skipped"] == 0 for row in rows[1:])
     for name in ("copy", "add"):
         assert all(0 <= row[f"triage/acc_ema/{name}"] <= 1 for row in rows[1:])
     assert all(row["triage/share/seen"] == 0 and row["pass_rate/seen"] is None for row in rows[1:])
@@ -97,11 +104,12 @@ def test_the_sampler_and_the_trainer_agree_in_float32(straight):
     assert all(row["rollout/logp_gap"] < 2e-6 for row in rows)
 
 
-def test_learning_rate_zero_leaves_the_policy_and_the_gap_alone(setting, tmp_path):
+def test_learning_rate_zero_leaves_the_policy_and_the_gap_alone(setting, straight, tmp_path):
+    assert record.read(straight / "metrics.jsonl")[3]["policy/kl"] > 1e-5  # what the same steps do with a rate
     assert train.main([*setting, f"run.dir={tmp_path / 'run'}", "run.steps=3", "algorithm.learning_rate=0"]) == 0
     rows = record.read(tmp_path / "run" / "metrics.jsonl")[1:]
     assert all(row["policy/kl"] < 1e-6 and row["rollout/logp_gap"] < 2e-6 for row in rows)
-    assert all(abs(row["policy/ratio"] - 1) < 1e-5 and row["policy/clip_fraction"] == 0 for row in rows)
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
 
 
 def test_six_steps_equal_three_and_resume_to_six(setting, straight, tmp_path, capsys):
@@ -207,6 +215,8 @@ def test_evaluate_and_export_agree_with_the_run(straight, tmp_path, capsys):
         (resume, ["/nowhere"], ["/nowhere", "no config.yaml"]),
         (export, ["{run}", "{run}"], ["{run}", "not empty"]),
         (export, ["{run}", "{run}/out", "step=x"], ["step=x", "best"]),
+        (resume, ["{run}", "run.steps=["], ["parsing"]),
+        (resume, ["{run}", "mesh=single"], ["mesh=single", "mesh.<name>"]),
         (evaluate, ["{run}", "algorithm.prompts=9"], ["algorithm.prompts=9", "the run has"]),
     ],
 )
@@ -229,11 +239,61 @@ def test_an_edited_config_and_a_changed_reference_are_refused(setting, tmp_path,
     with pytest.raises(SystemExit):
         resume.main([str(folder), "run.steps=2"])
     assert "edited" in capsys.readouterr().err
+    (folder / "config.yaml").write_text("")
+    with pytest.raises(SystemExit):
+        resume.main([str(folder), "run.steps=2"])
+    assert "not the file that a run writes" in capsys.readouterr().err
     stale = text.replace("reference_sha256: ", "reference_sha256: 00")
     (folder / "config.yaml").write_text(stale)
     with pytest.raises(SystemExit):
         resume.main([str(folder), "run.steps=2"])
     assert "not those the run began with" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(setting, straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*setting, f"run.dir={folder}", "run.steps=0"]) == 0
+    shutil.rmtree(folder / "checkpoints")
+    assert resume.main([str(folder), "run.steps=6"]) == 0
+    assert "from its beginning" in capsys.readouterr().out
+    assert_equal_runs(folder, straight)
+
+
+def test_changed_data_and_a_foreign_tokenizer_are_refused(setting, tmp_path, capsys):
+    data, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    row = {"messages": [{"role": "user", "content": "copy: a"}], "answer": "a"}
+    data.write_text(json.dumps(row) + "\n")
+    (tmp_path / "mine.yaml").write_text(
+        (Path(setting[1]) / "small.yaml").read_text().replace("gen:copy,size=7", str(data))
+    )
+    mine = ["--config-dir", str(tmp_path), "--config-name", "mine"]
+    assert train.main([*mine, f"run.dir={folder}", "run.steps=1"]) == 0
+    data.write_text(json.dumps(row | {"answer": "b"}) + "\n")
+    with pytest.raises(SystemExit):
+        resume.main([str(folder), "run.steps=2"])
+    assert "the data has changed" in capsys.readouterr().err
+    model = tmp_path / "model"
+    config = from_hf(
+        LlamaConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    )
+    hf.save(config, policy.init(config, jax.random.key(0)), model)
+    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True)).save_pretrained(model)
+    with pytest.raises(SystemExit):
+        train.main([*setting, f"model.path={model}", f"run.dir={tmp_path / 'other'}"])
+    assert "the model knows 100" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()  # a refused run leaves no folder behind
+
+
+def test_a_grader_that_gives_no_answer_is_named(setting, tmp_path, capsys):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def grade(reply, answer, meta):\n    raise RuntimeError('service is down')\n")
+    text = (Path(setting[1]) / "small.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace(str(Path(setting[1]) / "checksum.py"), str(broken)))
+    folder = tmp_path / "run"
+    assert train.main(["--config-dir", str(tmp_path), "--config-name", "mine", f"run.dir={folder}", "run.steps=1"]) == 0
+    assert "warning: domain copy" in (error := capsys.readouterr().err) and "service is down" in error
+    row = record.read(folder / "metrics.jsonl")[1]
+    assert row["rollout/invalid"] == 1 and row["policy/skipped"] == 1 and row["reward/mean"] is None
 
 
 @pytest.mark.parametrize("verb", ["train", "resume", "evaluate", "export"])

