@@ -89,8 +89,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     if found := re.search(
         r"Could not find '([^'/]+)/([^']+)'.*?Available options in '[^']+':(.*?)\n\s*\n", text + "\n\n", re.S
     ):
-        group, option, available = found.groups()
-        return f"{group}={option}: no such option; {schema.nearest(option, available.split('Config search path')[0].split())}"
+        group, option, rest = found.groups()
+        options = rest.split("Config search path")[0].split()
+        return f"{group}={option}: no such option; {schema.nearest(option, options)}"
     if found := re.search(r"Cannot find primary config '([^']+)'", text):
         return f"--config-name {found.group(1)}: no such file; use config, grpo, or a file of --config-dir"
     return " ".join(text.split())

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from configs import cli
 from infinite_jax import run_folder
-from infinite_jax.session import open_session
-from models import hf
+from infinite_jax.trainer import abstract_train_state
+from infinite_jax.types import RunState
+from models import hf, source
+from sharding.mesh import make_mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         step, overrides = run_folder.take_step(given.overrides)
         if given.out.exists() and any(given.out.iterdir()):
             raise ValueError(f"{given.out} is not empty: name another folder")
-        session = open_session(run_folder.load_config(given.run_dir, overrides))
-        session.grader.close()
-        number, state = run_folder.checkpoints(given.run_dir).restore(run_folder.abstract(session.state), step)
-        hf.save(session.decoder, state.train.params, given.out)
-        session.tokenizer.save_pretrained(given.out)
+        config = run_folder.load_config(given.run_dir, overrides)
+        mesh = make_mesh(config.mesh)
+        decoder, _ = source.load(config.model, mesh)  # for its shape; the weights are the checkpoint's
+        train = abstract_train_state(config.algorithm, decoder, mesh)
+        number, state = run_folder.checkpoints(given.run_dir).restore(RunState(train, None, None, None), step)
+        hf.save(decoder, state.train.params, given.out)
+        source.load_tokenizer(config.model).save_pretrained(given.out)
     print(f"step {number} of {given.run_dir} -> {given.out}")
     return cli.DONE
 

@@ -211,17 +211,28 @@ def score(config: AlgorithmConfig, logp_fn, params, tokens_BT, mask_BT) -> jax.A
     return jnp.swapaxes(logp, 0, 1).reshape(tokens_BT.shape)
 
 
-def initial_train_state(config: AlgorithmConfig, decoder: DecoderConfig, params, mesh: Mesh) -> TrainState:
-    """Fresh optimizer moments, sharded like the parameters they belong to."""
-    shardings = tree_shardings(mesh, policy.logical_axes(decoder), params)
+def abstract_train_state(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; optimizer moments are split like the parameters they belong to."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    tx = grpo.optimizer(config)
-    moments = optax.tree_map_params(
+    tx, shapes = grpo.optimizer(config), policy.abstract_params(decoder)
+
+    def placed(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    params = jax.tree.map(placed, shapes, tree_shardings(mesh, policy.logical_axes(decoder), shapes))
+    opt_state = optax.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated,
+        lambda shape, param: placed(shape, param.sharding),
+        jax.eval_shape(tx.init, shapes),
+        params,
+        transform_non_params=lambda shape: placed(shape, replicated),
     )
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
-    return TrainState(params, jax.jit(tx.init, out_shardings=moments)(params), step)
+    return TrainState(params, opt_state, placed(jax.ShapeDtypeStruct((), jnp.int32), replicated))
+
+
+def initial_train_state(config: AlgorithmConfig, decoder: DecoderConfig, params, mesh: Mesh) -> TrainState:
+    """`params` with fresh optimizer moments."""
+    abstract = abstract_train_state(config, decoder, mesh)
+    moments = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(grpo.optimizer(config).init, out_shardings=moments)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding))

@@ -140,6 +140,12 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
+def kill(process: subprocess.Popen) -> None:
+    """kill -9."""
+    process.kill()
+    process.communicate()
+
+
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 180
     path = folder / "metrics.jsonl"
@@ -155,12 +161,10 @@ def test_a_run_killed_twice_equals_one_that_never_stopped(setting, straight, tmp
     folder = tmp_path / "run"
     process = start(["infinite_jax.train", *setting, f"run.dir={folder}"])
     wait_for_rows(folder, 4, process)
-    process.kill()
-    process.wait()
+    kill(process)
     process = start(["infinite_jax.resume", str(folder)])
     wait_for_rows(folder, 6, process)
-    process.kill()
-    process.wait()
+    kill(process)
     assert resume.main([str(folder)]) == 0
     assert_equal_runs(folder, straight)
 
