@@ -60,7 +60,7 @@ class AlgorithmConfig:
     learning_rate: float
     lr_warmup_steps: int
     lr_decay_steps: int  # 0 = constant
-    weight_decay: float
+    weight_decay: float  # of every parameter, norms included
     adam_b1: float
     adam_b2: float
     adam_eps: float

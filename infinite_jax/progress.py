@@ -45,7 +45,7 @@ class Progress:
             self._bar.update(self._task, completed=step, description=f"reward {reward}")
             self._live.update(Group(self._table(metrics), self._bar))
             return
-        seconds = sum(value for key, value in metrics.items() if key.startswith("time/") and key.endswith("_s"))
+        seconds = metrics.get("time/step_s", 0.0) + metrics.get("time/evaluate_s", 0.0)
         line = f"step {step}/{self.steps}  reward {reward}  {seconds:.1f} s"
         if "eval/macro" in metrics:
             line += f"  held-out macro {number(metrics['eval/macro'])}"

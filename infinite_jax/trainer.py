@@ -114,6 +114,8 @@ class InfiniteGRPOTrainer:
             clock.lap("update")
             triage = self._observe(curriculum, draw.p_D)
         metrics = self._metrics(rollout, grades, draw.single, metrics, triage) | clock.seconds
+        metrics["time/step_s"] = sum(clock.seconds.values())
+        metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
         return RunState(train, curriculum, cursor_D, epoch_D), metrics
 
     def rollout(self, params, chosen: list[Prompt], step: int) -> Rollout:
