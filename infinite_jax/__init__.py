@@ -1,7 +1,11 @@
 """The trainer. Its siblings are plain top-level packages: one of the same name from elsewhere must not shadow them."""
 
 import importlib.util
+import os
 from pathlib import Path
+
+# transformers is here for tokenizers and configurations: its line about a missing PyTorch is no advice
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HERE = Path(__file__).resolve().parent.parent
 

@@ -108,6 +108,8 @@ def before_after(before: heldout.Results, after: heldout.Results, steps: tuple[i
 
 
 def as_text(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(
+        file=io.StringIO(), width=120, color_system=None, force_terminal=False
+    )  # whatever the environment says
     console.print(table)
     return console.file.getvalue().rstrip()
