@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run_folder.check_data(run_dir, session.data_sha256)
             # one copy of the state at a time: the fresh one is freed before the saved one is read
-            session, fresh = session._replace(state=None), session.state
-            abstract, start = run_folder.abstract(fresh), None
+            session, state = session._replace(state=None), session.state
+            abstract, start = run_folder.abstract(state), None
             if run_folder.checkpoints(run_dir).steps():
-                fresh = None
-                start, fresh = run_folder.checkpoints(run_dir).restore(abstract)
+                state = None
+                start, state = run_folder.checkpoints(run_dir).restore(abstract)
                 if start >= config.run.steps:
                     raise ValueError(
                         f"run.steps={config.run.steps}: the run is at step {start} already; give a larger one"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     with session.grader:
         print(f"continuing {run_dir} " + ("from its beginning" if start is None else f"after step {start}"))
-        return train(session, run_dir, fresh, start)
+        return train(session, run_dir, state, start)
 
 
 if __name__ == "__main__":
