@@ -23,6 +23,7 @@ CHOICES = {
 AT_LEAST = {
     "run.seed": 0,
     "run.steps": 0,
+    "run.tokens": 0,
     "run.eval_every": 1,
     "run.checkpoint_every": 1,
     "run.keep_last": 1,
@@ -96,6 +97,11 @@ def validate(config: Config, num_devices: int) -> None:
         raise ValueError(
             f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
             f"microbatches {config.algorithm.microbatches} = {parts}: set algorithm.prompts to a multiple of {parts}"
+        )
+    if algorithm.prompts % algorithm.microbatches:
+        raise ValueError(
+            f"algorithm.microbatches={algorithm.microbatches}: a part holds whole groups; choose a divisor of "
+            f"algorithm.prompts={algorithm.prompts}"
         )
     domains.check(config.domains)
     for i, domain in enumerate(config.domains):

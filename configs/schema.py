@@ -30,6 +30,7 @@ class RunConfig:
     name: str
     seed: int
     steps: int  # updates in all, a bound of the loop and of nothing else
+    tokens: int  # the run ends at the step that brings the generated tokens to so many; 0 = no such bound
     eval_every: int  # steps; the last step is always evaluated
     checkpoint_every: int  # steps; the last step is always saved
     keep_last: int  # newest checkpoints kept
@@ -87,7 +88,15 @@ class Config:
 
 
 # Keys whose change at resume is harmless: they bound the run or place it, and enter no computation.
-FREE_AT_RESUME = ("run.steps", "run.eval_every", "run.checkpoint_every", "run.keep_last", "run.keep_best", "mesh")
+FREE_AT_RESUME = (
+    "run.steps",
+    "run.tokens",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.keep_last",
+    "run.keep_best",
+    "mesh",
+)
 
 
 def build(cls: type, data: object, key: str = "") -> Any:

@@ -118,12 +118,17 @@ def token_loss(config: AlgorithmConfig, logp_BT, entropy_BT, batch: Batch) -> tu
     return loss, jax.lax.stop_gradient(diagnostics)
 
 
-def microbatches(batch, num: int):
-    """Cuts axis 0 of every leaf into `num` interleaved parts, [B, ...] -> [num, B / num, ...].
+def microbatches(batch, num: int, group: int):
+    """Cuts axis 0 of every leaf into `num` parts of whole, interleaved groups, [B, ...] -> [num, B / num, ...].
 
-    Interleaved, so that each part holds rows of every device and no row moves between devices.
+    Interleaved, so that each part holds groups of every device and none moves between devices.
     """
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, num, *x.shape[1:]), 0, 1), batch)
+
+    def cut(x):
+        groups = jnp.swapaxes(x.reshape(-1, num, group, *x.shape[1:]), 0, 1)
+        return groups.reshape(num, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, batch)
 
 
 LogpFn = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -154,7 +159,7 @@ def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params, batc
     def accumulate(total, inputs):
         return jax.tree.map(jnp.add, total, value_and_grad(params, inputs)), None
 
-    parts = microbatches(inputs, config.microbatches)
+    parts = microbatches(inputs, config.microbatches, config.group_size)
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     ((loss, means), grads), _ = jax.lax.scan(accumulate, zeros, parts)

@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise ValueError(
                         f"run.steps={config.run.steps}: the run is at step {start} already; give a larger one"
                     )
+                if 0 < config.run.tokens <= state.tokens:
+                    raise ValueError(
+                        f"run.tokens={config.run.tokens}: the run has generated {state.tokens} already; give more, or 0"
+                    )
             record.truncate_after(run_dir / "metrics.jsonl", start, run_folder.saved_eval_every(run_dir))
             run_folder.save_config(run_dir, config, session.data_sha256)
         except BaseException:

@@ -1,11 +1,13 @@
 """Log-probabilities of generated tokens under given parameters, for training: the same policy code as the rollout.
 
-Only the positions from a row's first generated token on, `span` of them, go through the vocabulary: with long prompts
-and short completions the head would otherwise be most of the work.
+A prompt goes through the model once for all its samples, as in the rollout; their gradients meet in its keys and
+values. Only completions go through the vocabulary. Where prompts are long and completions short, either would
+otherwise be most of the work.
 """
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,27 +18,36 @@ from sharding.rules import constrain
 
 
 def completion_logp(
-    config: DecoderConfig, params, tokens_BT: jax.Array, loss_mask_BT: jax.Array, temperature: float, span: int
+    config: DecoderConfig,
+    params,
+    tokens_BT: jax.Array,
+    loss_mask_BT: jax.Array,
+    temperature: float,
+    span: int,
+    group: int,
 ) -> tuple[jax.Array, jax.Array]:
     """(logp_BT, entropy_BT), float32; index t belongs to token t, 0 outside the mask.
 
     Args:
-      loss_mask_BT: bool; its True positions of a row lie within `span` tokens of the first, and token 0 is never one.
+      tokens_BT: rows p x group .. p x group + group - 1 begin with the same prompt, of 1 to T - span tokens.
+      loss_mask_BT: bool; the True positions of a row, if it has any, begin right behind the prompt and lie within
+        `span` tokens of it.
       temperature: the sampler's.
-      span: static, e.g. max_new_tokens.
+      span, group: static: max_new_tokens and group_size.
     """
-    length = tokens_BT.shape[1]
+    chex.assert_equal_shape([tokens_BT, loss_mask_BT])
+    width = tokens_BT.shape[1] - span
     tokens_BT = constrain(tokens_BT, "batch", "length")
-    hidden_BTE = policy.hidden(config, params, tokens_BT)
-    first_B1 = jnp.maximum(jnp.argmax(loss_mask_BT, axis=1, keepdims=True), 1)
-    slot_BS = first_B1 + jnp.arange(min(span, length - 1))
-    inside_BS = slot_BS < length
-    slot_BS = jnp.minimum(slot_BS, length - 1)
-    predictor_BSE = jnp.take_along_axis(hidden_BTE, (slot_BS - 1)[..., None], axis=1)
+    # a row without a mask, not graded, has its prompt's length from the others; a group of such rows counts nowhere
+    length_P = jnp.maximum(jnp.argmax(loss_mask_BT, axis=1).reshape(-1, group).max(axis=1), 1)
+    hidden_PTE, prefix = policy.prefill(config, params, constrain(tokens_BT[::group, :width], "batch", "length"))
+    slot_BS = jnp.repeat(length_P, group)[:, None] + jnp.arange(span)
     target_BS = jnp.take_along_axis(tokens_BT, slot_BS, axis=1)
-    chosen_BS = inside_BS & jnp.take_along_axis(loss_mask_BT, slot_BS, axis=1)
+    hidden_BSE = policy.extend(config, params, constrain(target_BS, "batch", "length"), prefix, length_P)
+    last_PE = jnp.take_along_axis(hidden_PTE, (length_P - 1)[:, None, None], axis=1)
+    predictor_BSE = jnp.concatenate([jnp.repeat(last_PE, group, axis=0), hidden_BSE[:, :-1]], axis=1)
     unembed = functools.partial(policy.unembed, config, params)
     found = token_logp(unembed, predictor_BSE, target_BS, temperature)
+    chosen_BS = jnp.take_along_axis(loss_mask_BT, slot_BS, axis=1)
     rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-    # add, not set: slots beyond the row were clipped onto the last one and carry 0
-    return tuple(jnp.zeros(tokens_BT.shape).at[rows_B1, slot_BS].add(jnp.where(chosen_BS, x, 0.0)) for x in found)
+    return tuple(jnp.zeros(tokens_BT.shape).at[rows_B1, slot_BS].set(jnp.where(chosen_BS, x, 0.0)) for x in found)

@@ -84,7 +84,8 @@ def open_session(config: Config) -> Session:
     )
     triage = jax.device_put(triage, NamedSharding(mesh, PartitionSpec()))
     nowhere_D = np.zeros(len(names), np.int32)
-    state = RunState(initial_train_state(config.algorithm, decoder, params, mesh), triage, nowhere_D, nowhere_D.copy())
+    train_state = initial_train_state(config.algorithm, decoder, params, mesh)
+    state = RunState(train_state, triage, nowhere_D, nowhere_D.copy(), np.zeros((), np.int64))
     return Session(config, mesh, decoder, text, names, grader, evaluator, trainer, state, _data_hash(train, test))
 
 

@@ -40,7 +40,7 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
     Returns the exit code: 0 done, 75 stopped by SIGTERM or Ctrl-C after saving.
     """
     run, stop, start = session.config.run, StopSignal(), after or 0
-    step, warned = start, set()
+    step, last, warned = start, False, set()
     compilations = record.CompilationCounter()
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
@@ -56,7 +56,7 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             save(checkpoints, log, 0, state, metrics)
         for step in range(start + 1, run.steps + 1):
             state, metrics = session.trainer.step(state)
-            last = step == run.steps
+            last = step == run.steps or 0 < run.tokens <= state.tokens
             if last or step % run.eval_every == 0:
                 metrics |= evaluate(session, run_dir, step, state)
             metrics |= compilations.since_last() | record.memory()
@@ -65,12 +65,12 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             warn_of_failures(session, warned)
             if last or stop.asked or step % run.checkpoint_every == 0:
                 save(checkpoints, log, step, state, metrics)
-            if stop.asked:
+            if stop.asked or last:
                 break
-    if stop.asked and step < run.steps:
+    if stop.asked and not last:
         print(f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}")
         return cli.PREEMPTED
-    ends = (0, run.steps)
+    ends = (0, step)
     files = [evaluation_file(run_dir, step) for step in ends]
     if all(file.is_file() for file in files):
         print(before_after(*map(heldout.load, files), ends))

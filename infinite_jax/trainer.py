@@ -84,7 +84,8 @@ class InfiniteGRPOTrainer:
         )
 
         def logp_fn(params, tokens_BT, mask_BT):
-            return completion_logp(decoder, params, tokens_BT, mask_BT, config.temperature, config.max_new_tokens)
+            lengths = (config.max_new_tokens, config.group_size)
+            return completion_logp(decoder, params, tokens_BT, mask_BT, config.temperature, *lengths)
 
         self._draw = jax.jit(curriculum.draw, static_argnums=1)
         self._prepare = jax.jit(functools.partial(prepare, config, logp_fn, len(names)))
@@ -116,7 +117,9 @@ class InfiniteGRPOTrainer:
         metrics = self._metrics(rollout, grades, draw.single, metrics, triage) | clock.seconds
         metrics["time/step_s"] = sum(clock.seconds.values())
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
-        return RunState(train, curriculum, cursor_D, epoch_D), metrics
+        tokens = state.tokens + metrics["tokens/generated"]
+        metrics["tokens/total"] = int(tokens)
+        return RunState(train, curriculum, cursor_D, epoch_D, tokens), metrics
 
     def rollout(self, params, chosen: list[Prompt], step: int) -> Rollout:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p."""
@@ -208,9 +211,10 @@ def prepare(config: AlgorithmConfig, logp_fn, num_domains: int, params, referenc
 
 def score(config: AlgorithmConfig, logp_fn, params, tokens_BT, mask_BT) -> jax.Array:
     """logp_BT of the sampled tokens, float32, micro-batch by micro-batch."""
-    parts = grpo.microbatches((tokens_BT, mask_BT), config.microbatches)
+    parts = grpo.microbatches((tokens_BT, mask_BT), config.microbatches, config.group_size)
     logp = jax.lax.map(lambda part: logp_fn(params, *part)[0], parts)
-    return jnp.swapaxes(logp, 0, 1).reshape(tokens_BT.shape)
+    groups = logp.reshape(config.microbatches, -1, config.group_size, tokens_BT.shape[1])
+    return jnp.swapaxes(groups, 0, 1).reshape(tokens_BT.shape)
 
 
 def abstract_train_state(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh) -> TrainState:

@@ -58,3 +58,4 @@ class RunState(NamedTuple):
     curriculum: Any  # TriageState
     cursor_D: jax.Array  # i32, next position in each domain's shuffled training rows
     epoch_D: jax.Array  # i32, how often each domain's training rows were gone through
+    tokens: np.ndarray  # i64[], generated for training so far

@@ -1,4 +1,4 @@
-"""Attention as plain jnp, over whole rows and over a key/value cache in two parts; rotary embedding.
+"""Attention as plain jnp: over whole rows, of completions to their shared prompt, and over a key/value cache; RoPE.
 
     softmax(scale q.k + mask) v       scores, softmax and accumulation float32, products in the arrays' own dtype
 
@@ -45,6 +45,33 @@ def attention(q_BTKQD, k_BTKD, v_BTKD, positions_BT, window: jax.Array | None, s
     weights, total = _exp(jnp.where(seen_BTS[:, None, None], scores, MASKED))
     out = jnp.einsum("BKQTS,BSKD->BKQTD", weights.astype(v_BTKD.dtype), v_BTKD, preferred_element_type=jnp.float32)
     return jnp.moveaxis((out / total).astype(q_BTKQD.dtype), 3, 1)
+
+
+def extend_attention(
+    q_NCKQD, k_NCKD, v_NCKD, prefix: Cache, prefix_length_P, window: jax.Array | None, scale: float
+) -> jax.Array:
+    """Attention of whole completions to their prompt and, causally, to themselves, [N, C, K, Q, D] in q's dtype.
+
+    prefix [P, K, T, D] is one layer's. Row n belongs to prompt n // (N / P), whose first prefix_length_P[p] keys it
+    sees; its slot c stands at position prefix_length_P[p] + c. One softmax over both parts.
+    """
+    prompts, keys, slots = len(prefix.k), prefix.k.shape[2], q_NCKQD.shape[1]
+    q_PGCKQD = q_NCKQD.reshape(prompts, -1, *q_NCKQD.shape[1:])
+    before = jnp.einsum("PGCKQD,PKTD->PGKQCT", q_PGCKQD, prefix.k, preferred_element_type=jnp.float32)
+    after = jnp.einsum("NCKQD,NSKD->NKQCS", q_NCKQD, k_NCKD, preferred_element_type=jnp.float32)
+    slot_C1, length_P11 = jnp.arange(slots)[:, None], prefix_length_P[:, None, None]
+    seen_PCT = (jnp.arange(keys) < length_P11) & _seen(length_P11 + slot_C1 - jnp.arange(keys), window)
+    before = jnp.where(seen_PCT[:, None, None, None], scale * before, MASKED)
+    after = jnp.where(_seen(slot_C1 - jnp.arange(slots), window), scale * after, MASKED)
+    after = after.reshape(*before.shape[:-1], slots)
+    largest = jax.lax.stop_gradient(jnp.maximum(before.max(-1, keepdims=True), after.max(-1, keepdims=True)))
+    before, after = jnp.exp(before - largest), jnp.exp(after - largest)
+    total = before.sum(-1, keepdims=True) + after.sum(-1, keepdims=True)
+    out = jnp.einsum("PGKQCT,PKTD->PGKQCD", before.astype(prefix.v.dtype), prefix.v, preferred_element_type=jnp.float32)
+    v_PGCKD = v_NCKD.reshape(prompts, -1, *v_NCKD.shape[1:])
+    out += jnp.einsum("PGKQCS,PGSKD->PGKQCD", after.astype(v_NCKD.dtype), v_PGCKD, preferred_element_type=jnp.float32)
+    out = (out / total).astype(q_NCKQD.dtype)
+    return jnp.moveaxis(out, 4, 2).reshape(q_NCKQD.shape)
 
 
 def decode_attention(

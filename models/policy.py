@@ -17,7 +17,8 @@ over `tensor` splits them alike (where `tensor` does not divide K, this one prod
 is then split over Q). Decoding a few rows is bound by the number of kernels, hence few and large products.
 
 Decoding keeps the prompts' keys and values once a prompt (`prefill`) and the completions' in a second cache
-(`empty_cache`); a step attends to both under one softmax (models/attention.py). Left out: dropout, biases beside qkv.
+(`empty_cache`); a step attends to both under one softmax (models/attention.py). Training runs a prompt once, too, and
+whole completions behind it (`extend`). Left out: dropout, biases beside qkv.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from models.architectures import DecoderConfig, rope_frequencies
-from models.attention import Cache, attention, decode_attention, rotate
+from models.attention import Cache, attention, decode_attention, extend_attention, rotate
 from sharding.rules import constrain
 
 
@@ -37,7 +38,7 @@ class _Layer(NamedTuple):
 
     number: jax.Array  # i32[L]
     window: jax.Array  # i32[L], 0 = none
-    prefix: Cache | None  # only in decoding
+    prefix: Cache | None  # the prompts', only in decoding and behind a prompt
 
 
 class _Shared(NamedTuple):
@@ -46,7 +47,7 @@ class _Shared(NamedTuple):
     positions: jax.Array  # i32 [B or 1, T]; in decoding [N]
     cos_sin: jax.Array  # f32 [kinds of rope, 2, *positions.shape, D / 2], of global layers and, if it differs, of local
     step: jax.Array | None = None  # i32[], only in decoding: slot of the completion cache
-    prefix_length_P: jax.Array | None = None  # i32, only in decoding
+    prefix_length_P: jax.Array | None = None  # i32, only in decoding and behind a prompt
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -100,8 +101,11 @@ class Block(nn.Module):
         kv = None
         if cache is None:
             q = constrain(q, "batch", "length", "kv_heads", "heads", "head_dim")
-            core = jax.checkpoint(attention, static_argnums=5, prevent_cse=False) if c.remat == "none" else attention
-            heads = core(q, k, v, shared.positions, window, c.query_scale)
+            if layer.prefix is None:
+                heads = self.recomputed(attention, 5)(q, k, v, shared.positions, window, c.query_scale)
+            else:
+                behind = (layer.prefix, shared.prefix_length_P, window, c.query_scale)
+                heads = self.recomputed(extend_attention, 6)(q, k, v, *behind)
             kv = Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if self.keep else None
         else:
             cache = _write(cache, Cache(k, v), layer.number, shared.step)
@@ -110,6 +114,11 @@ class Block(nn.Module):
         axes = ("kv_heads", "heads", "head_dim", "embed")
         weight = self.weight("out", (c.num_kv_heads, queries, c.head_dim, c.embed_dim), axes)
         return jnp.einsum("...KQD,KQDE->...E", heads, weight), cache, kv
+
+    def recomputed(self, attend, scale: int):
+        """`attend` without its weights kept for the backward pass; `scale`: its static argument."""
+        remat = self.config.remat == "none"  # else the whole block is recomputed
+        return jax.checkpoint(attend, static_argnums=scale, prevent_cse=False) if remat else attend
 
     def mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
@@ -262,6 +271,26 @@ def logits(config: DecoderConfig, params: dict, tokens_BT: jax.Array) -> jax.Arr
 def prefill(config: DecoderConfig, params: dict, tokens_PT: jax.Array) -> tuple[jax.Array, Cache]:
     """Hidden states [P, T, E] and the keys and values of right-padded prompts, once a prompt."""
     return _forward(config, params, tokens_PT, None, keep=True)
+
+
+def extend(
+    config: DecoderConfig, params: dict, tokens_NC: jax.Array, prefix: Cache, prefix_length_P: jax.Array
+) -> jax.Array:
+    """Hidden states [N, C, E] of completions behind prompts of which `prefill` gave the keys and values.
+
+    Row n continues prompt n // (N / P): its token c stands at position prefix_length_P[p] + c and sees the prompt's
+    first prefix_length_P[p] tokens and its own up to c. Differentiable, into the prefix too: a prompt is computed once
+    for all its completions and gets the sum of their gradients.
+    """
+    chex.assert_rank([tokens_NC, prefix_length_P], [2, 1])
+    (rows, slots), prompts = tokens_NC.shape, len(prefix_length_P)
+    if rows % prompts or prefix.k.shape[1] != prompts:
+        raise ValueError(
+            f"extend: {rows} rows, {prompts} prompt lengths, keys of {prefix.k.shape[1]} prompts: pass P and P x G rows"
+        )
+    positions_NC = jnp.repeat(prefix_length_P, rows // prompts)[:, None] + jnp.arange(slots)
+    shared = _share(config, positions_NC, prefix.k.shape[3] + slots, prefix_length_P=prefix_length_P)
+    return Decoder(config).apply({"params": params}, tokens_NC, shared, prefix)[0]
 
 
 def empty_cache(config: DecoderConfig, rows: int, length: int) -> Cache:

@@ -184,7 +184,7 @@ def test_loss_agrees_with_numpy(aggregation, kl, cap, high):
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum_const"])
 def test_microbatches_have_the_gradient_of_the_whole(aggregation):
-    config = dataclasses.replace(CONFIG, aggregation=aggregation)
+    config = dataclasses.replace(CONFIG, aggregation=aggregation, group_size=2)
     batch = make_batch(8, 5)
     whole = grpo.loss_and_grad(config, bigram, PARAMS, batch)
     parts = grpo.loss_and_grad(dataclasses.replace(config, microbatches=4), bigram, PARAMS, batch)

@@ -50,20 +50,23 @@ def measure() -> dict[str, dict[str, float]]:
         compose_config("config", None, []).algorithm, kl_type="loss", kl_estimator="k3_is", kl_coef=0.1
     )
     rng = np.random.default_rng(0)
-    rows, length = 16, 12
-    mask = np.zeros((rows, length), bool)
-    mask[:, 5:] = rng.random((rows, length - 5)) < 0.8
+    rows, group, width, length = 16, config.group_size, 5, 12  # prompts of 3 and of 5 tokens
+    start = np.repeat([3, 5], group)
+    slot = np.arange(length) - start[:, None]
+    mask = (slot >= 0) & (slot < length - width) & ((slot == 0) | (rng.random((rows, length)) < 0.8))
+    tokens = rng.integers(0, 64, (rows, length)).astype(np.int32)
+    tokens = np.where(slot < 0, tokens[np.repeat([0, group], group)], tokens)
     normal = lambda: rng.normal(size=(rows, length)).astype(np.float32) * 0.3  # noqa: E731
     old = normal() - 4
     batch = Batch(
-        rng.integers(0, 64, (rows, length)).astype(np.int32), mask, old, old + 0.1 * normal(), old + normal(),
+        tokens, mask, old, old + 0.1 * normal(), old + normal(),
         normal() * 3, rng.random(rows).astype(np.float32), np.ones(rows, np.float32),
     )  # fmt: skip
     sampling = Sampling(1.0, 0, 1.0, 5, 2, (1,), 0)
     prompt_PT, length_P = rng.integers(2, 64, (8, 6)).astype(np.int32), np.array([6, 5, 4, 3, 6, 2, 1, 6], np.int32)
 
     def logp_fn(params, tokens_BT, mask_BT):
-        return completion_logp(decoder, params, tokens_BT, mask_BT, 1.0, length)
+        return completion_logp(decoder, params, tokens_BT, mask_BT, 1.0, length - width, group)
 
     def results(sizes, devices):
         mesh = make_mesh(MeshConfig(*sizes), devices)

@@ -82,6 +82,31 @@ def test_decode_equals_the_forward_pass(config):
     np.testing.assert_allclose(decoded, expected, atol=3e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=lambda config: config.family)
+def test_extend_equals_the_forward_pass_and_its_gradient(config, remat):
+    """A prompt computed once for its completions, against whole rows: hidden states, and gradients of parameters."""
+    config = dataclasses.replace(config, remat=remat)
+    G, C, lengths = 2, 7, np.array([9, 4, 1])
+    params, prompts, completions = random_params(config), random_tokens(3, 9), random_tokens(3 * G, C, 1)
+    weight = jnp.asarray(np.random.default_rng(2).normal(size=(3 * G, C, SMALL["hidden_size"])), jnp.float32)
+    whole, slots = np.zeros((3 * G, 9 + C), np.int32), np.repeat(lengths, G)[:, None] + np.arange(C)
+    for n in range(3 * G):
+        whole[n, : slots[n, 0]], whole[n, slots[n]] = prompts[n // G, : slots[n, 0]], completions[n]
+
+    def behind(params):
+        _, prefix = policy.prefill(config, params, prompts)
+        return policy.extend(config, params, completions, prefix, jnp.asarray(lengths))
+
+    def rows(params):
+        return jnp.take_along_axis(policy.hidden(config, params, whole), slots[..., None], axis=1)
+
+    np.testing.assert_allclose(jax.jit(behind)(params), jax.jit(rows)(params), atol=2e-5)
+    found, expected = (jax.jit(jax.grad(lambda p, f=f: (f(p) * weight).sum()))(params) for f in (behind, rows))
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), found, expected)
+
+
 def test_decode_updates_the_cache_in_place():
     """With the cache donated, a step needs less memory than half a cache: no layer copies all layers' cache."""
     config = dataclasses.replace(LLAMA, num_layers=8, windows=(0,) * 8)
@@ -102,6 +127,8 @@ def test_decode_refuses_rows_that_are_no_multiple_of_prompts():
     with pytest.raises(ValueError, match="pass P prompts and P x G rows"):
         prefix = policy.empty_cache(LLAMA, 2, 4)
         policy.decode(LLAMA, params, jnp.zeros(5, jnp.int32), jnp.int32(0), prefix, jnp.ones(2, jnp.int32), cache)
+    with pytest.raises(ValueError, match="pass P and P x G rows"):
+        policy.extend(LLAMA, params, jnp.zeros((5, 3), jnp.int32), prefix, jnp.ones(2, jnp.int32))
 
 
 def test_padding_after_a_row_changes_nothing_before_it():

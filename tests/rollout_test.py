@@ -50,11 +50,22 @@ def test_rows_are_prompt_completion_padding_without_a_gap(model):
 def test_behaviour_log_probs_equal_the_trainers_in_float32(model):
     config, params = model
     made = run(model)
-    logp, _ = jax.jit(completion_logp, static_argnums=(0, 4, 5))(
-        config, params, made.tokens_BT, made.loss_mask_BT, 1.0, SAMPLING.max_new_tokens
+    logp, _ = jax.jit(completion_logp, static_argnums=(0, 4, 5, 6))(
+        config, params, made.tokens_BT, made.loss_mask_BT, 1.0, SAMPLING.max_new_tokens, SAMPLING.group_size
     )
     np.testing.assert_allclose(made.logp_BT, logp, atol=2e-6)
     assert (made.logp_BT[~made.loss_mask_BT] == 0).all() and (made.logp_BT[made.loss_mask_BT] < 0).all()
+
+
+def test_a_row_without_a_mask_leaves_its_group_as_it_is(model):
+    """A reply that could not be graded: its prompt's length then comes from the others of the group."""
+    config, params = model
+    made, score = run(model), jax.jit(completion_logp, static_argnums=(0, 4, 5, 6))
+    mask_BT = made.loss_mask_BT.copy()
+    mask_BT[[0, 3, 4, 5]] = False  # one of the first group, all of the second
+    logp, entropy = score(config, params, made.tokens_BT, mask_BT, 1.0, SAMPLING.max_new_tokens, SAMPLING.group_size)
+    np.testing.assert_allclose(logp, np.where(mask_BT, made.logp_BT, 0.0), atol=2e-6)
+    assert np.isfinite(logp).all() and np.isfinite(entropy).all()
 
 
 def test_greedy_follows_the_argmax_of_a_full_forward(model):

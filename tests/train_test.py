@@ -112,6 +112,21 @@ def test_learning_rate_zero_leaves_the_policy_and_the_gap_alone(setting, straigh
     assert all(row["policy/grad_norm"] > 0 for row in rows)
 
 
+def test_a_run_bound_by_tokens_is_the_same_run_up_to_there(setting, straight, tmp_path, capsys):
+    """Bounded by what the fourth step brings; then continued without the bound to the six steps of the straight run."""
+    folder = tmp_path / "run"
+    rows = record.read(straight / "metrics.jsonl")
+    assert rows[6]["tokens/total"] == sum(row["tokens/generated"] for row in rows[1:])
+    bound = f"run.tokens={rows[4]['tokens/total']}"
+    assert train.main([*setting, f"run.dir={folder}", bound]) == 0
+    assert timeless(folder) == timeless(straight)[:5]
+    with pytest.raises(SystemExit):
+        resume.main([str(folder), "run.steps=6"])
+    assert "already; give more" in capsys.readouterr().err
+    assert resume.main([str(folder), "run.tokens=0"]) == 0
+    assert_equal_runs(folder, straight)
+
+
 def test_six_steps_equal_three_and_resume_to_six(setting, straight, tmp_path, capsys):
     folder = tmp_path / "run"
     assert train.main([*setting, f"run.dir={folder}", "run.steps=3"]) == 0

@@ -123,4 +123,8 @@ def test_prompts_go_into_the_smallest_bucket_that_holds_them(longest, bucket):
 
 
 def test_micro_batches_take_turns_through_the_rows():
-    np.testing.assert_array_equal(grpo.microbatches(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
+    np.testing.assert_array_equal(grpo.microbatches(jnp.arange(6), 2, 1), [[0, 2, 4], [1, 3, 5]])
+
+
+def test_micro_batches_hold_whole_groups():
+    np.testing.assert_array_equal(grpo.microbatches(jnp.arange(8), 2, 2), [[0, 1, 4, 5], [2, 3, 6, 7]])
