@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = make_mesh(config.mesh)
         decoder, _ = source.load(config.model, mesh)  # for its shape; the weights are the checkpoint's
         train = abstract_train_state(config.algorithm, decoder, mesh)
-        number, state = run_folder.checkpoints(given.run_dir).restore(RunState(train, None, None, None), step)
+        only_train = RunState(train, *[None] * (len(RunState._fields) - 1))
+        number, state = run_folder.checkpoints(given.run_dir).restore(only_train, step)
         hf.save(decoder, state.train.params, given.out)
         source.load_tokenizer(config.model).save_pretrained(given.out)
     print(f"step {number} of {given.run_dir} -> {given.out}")
