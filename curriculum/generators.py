@@ -13,6 +13,7 @@ domain's grader needs. Yes/no questions are left out: guessing passes half of th
 """
 
 import hashlib
+import itertools
 import string
 import zlib
 from collections.abc import Callable
@@ -57,29 +58,66 @@ def rows(name: str, generator: Generator, *, difficulty: int, split: str, size: 
 def read(source: str, known: dict[str, Generator]) -> list[Row]:
     """Rows of `gen:NAME[,difficulty=1][,split=train][,size=N][,seed=0]`; size is 2000 for train, 256 for test.
 
-    Raises ValueError, one line, on an unknown name, parameter, or a value out of range.
+    A range, difficulty=1..4, has `size` rows of every level, taken in turn: the levels are mixed evenly from the first
+    row on. An instance that is one of two levels comes once. Raises ValueError, one line, on an unknown name or
+    parameter, or a value out of range.
     """
-    name, *pairs = source.removeprefix("gen:").split(",")
+    mixed: dict[str, Row] = {}
+    for together in itertools.zip_longest(*read_levels(source, known).values()):
+        for row in together:
+            if row is not None:
+                mixed.setdefault(row["key"], row)
+    return list(mixed.values())
+
+
+def read_levels(source: str, known: dict[str, Generator]) -> dict[int, list[Row]]:
+    """The same by level, easiest first: `size` rows each, one level where no range is given."""
+    first, last = level_range(source, known)
+    given = _parameters(source)
+    if given["split"] not in SPLIT_SIZE:
+        raise ValueError(f"source {source!r}: split={given['split']!r}; expected train or test")
+    size = _whole(source, "size", given.get("size", str(SPLIT_SIZE[given["split"]])), 1, 10**6)
+    seed = _whole(source, "seed", given["seed"], 0, 2**32 - 1)
+    name = generator_name(source)
+    return {
+        level: rows(name, known[name], difficulty=level, split=given["split"], size=size, seed=seed)
+        for level in range(first, last + 1)
+    }
+
+
+def level_range(source: str, known: dict[str, Generator]) -> tuple[int, int]:
+    """Easiest and hardest level of a source, (1, 4) for difficulty=1..4; generates nothing. Raises as `read` does."""
+    name = generator_name(source)
     if name not in known:
         raise ValueError(f"source {source!r}: no generator is called {name!r}; known: {', '.join(known)}")
+    text = _parameters(source)["difficulty"]
+    ends = text.split("..") if ".." in text else [text, text]
+    if len(ends) != 2:
+        raise ValueError(f"source {source!r}: difficulty={text!r}; expected a level, 2, or a range, 1..4")
+    first, last = (_whole(source, "difficulty", end, 1, known[name].levels) for end in ends)
+    if first > last:
+        raise ValueError(f"source {source!r}: difficulty={text!r}; the easier level comes first: {last}..{first}")
+    return first, last
+
+
+def generator_name(source: str) -> str:
+    return source.removeprefix("gen:").split(",")[0]
+
+
+def _parameters(source: str) -> dict[str, str]:
     given = {"difficulty": "1", "split": "train", "seed": "0"}
-    for pair in pairs:
+    for pair in source.split(",")[1:]:
         parameter, _, value = pair.partition("=")
         if parameter not in ("difficulty", "split", "size", "seed"):
             raise ValueError(f"source {source!r}: unknown parameter {pair!r}; known: difficulty, split, size, seed")
         given[parameter] = value
-    if given["split"] not in SPLIT_SIZE:
-        raise ValueError(f"source {source!r}: split={given['split']!r}; expected train or test")
-    given.setdefault("size", str(SPLIT_SIZE[given["split"]]))
-    numbers = {}
-    for parameter, least, most in (("difficulty", 1, known[name].levels), ("size", 1, 10**6), ("seed", 0, 2**32 - 1)):
-        value = given[parameter]
-        if not (value.isdecimal() and least <= int(value) <= most):
-            raise ValueError(
-                f"source {source!r}: {parameter}={value!r}; expected a whole number from {least} to {most}"
-            )
-        numbers[parameter] = int(value)
-    return rows(name, known[name], split=given["split"], **numbers)
+    return given
+
+
+def _whole(source: str, parameter: str, value: str, least: int, most: int) -> int:
+    if not (value.isdecimal() and least <= int(value) <= most):
+        raise ValueError(f"source {source!r}: {parameter}={value!r}; expected a whole number from {least} to {most}")
+    return int(value)
 
 
 def _row(question: str, answer: str, key: str | None = None, **meta: Any) -> Row:

@@ -1,22 +1,9 @@
-"""From the triage state to the domains of one batch: priorities, shares, and a draw.
-
-    priority  z_i = [log c_b - eta log N_b] + [kappa_s S_i] + [kappa_u U_i] + [log w_i + boost_i]        b = band(i)
-                     band                      staleness      uncertainty      base
-    q = softmax(z / T) over drawable domains,   p_i = max(eps_i, lambda q_i)
-
-with S_i = 1 - exp(-waited_i / tau_s) (1 if never tried), U_i = grade variance / 2.25, N_b = sum of w over band b (of
-w e^(kappa_s S + kappa_u U) if `strict`) and eps_i = epsilon / number of drawable domains.
-
-The method states two things that the plain sum of its terms inside a softmax cannot both keep: priority = band +
-staleness + uncertainty + base, and 60 / 30 / 10 % of training for the bands. In log units they agree: where the
-staleness and uncertainty terms are equal (or `strict`), eta = T = 1 and no floor binds, sum_{i in b} p_i = c_b / sum of
-c over non-empty bands, exactly, however many domains a band has. The method's `softmax(priorities + epsilon)` adds a
-constant that a softmax cancels; the floor is what the constant was for.
+"""From shares to the domains of one batch.
 
 The draw is systematic sampling over a random order of the domains: n_i prompts with |n_i - P p_i| < 1 and E n_i = P p_i
 (largest remainders would never draw a domain with P p_i < 1/2; multinomial counts have many times the variance).
-Every `single_every`-th step the whole batch is the domain with the largest share, a domain whose last try failed only
-if there is no other.
+Every `single_every`-th step the whole batch is one domain, the one with the largest share (or one drawn by share); a
+domain whose last try failed only if there is no other.
 
 Shares are rounded to integers out of 2^30 and everything after is integer arithmetic. In float32 a cumulative sum is
 neither monotone nor exact at its end, so repairs are needed and a domain of share 0 could be hit; here sums are exact
@@ -24,40 +11,26 @@ and it cannot. No sort is needed for the floor either (floor_project), which lea
 that grows faster than D; beyond MAX_SHUFFLED domains it is skipped. Rotating the order instead would change nothing:
 the sampling points are evenly spaced on a circle and their phase is already uniform.
 
-Left out: prompts inside a domain (a cursor over shuffled rows, the data's side) and bounds on the gap between two
-visits (systematic sampling bounds the counts of a step, not gaps; the staleness term and the floor keep gaps finite).
+Systematic sampling bounds the counts of a step, not the gap between two visits. Reserved slots do: a domain never
+tried, or not for `rounds` D / P + `steps` steps, gets a floor of one prompt, the longest waiting first, for at most
+`share` of the batch. A share of 1 / P is a prompt for certain, so nothing but the shares changes, and counts still
+follow them; a slot on top of the draw would give a domain of a large share one prompt more than its due.
+
+Left out: prompts inside a domain (a cursor over shuffled rows, the data's side).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from curriculum.triage import (
-    BANDS,
-    KEY_IMPL,
-    MAX_VARIANCE,
-    TriageConfig,
-    TriageState,
-    drawable,
-    steps_waited,
-)
+from curriculum.config import CurriculumConfig, ReservedConfig
+from curriculum.triage import KEY_IMPL, TriageState, drawable, never_tried, steps_waited
 
 UNITS = 1 << 30  # share 1 in integer units: i32 keeps headroom for P^2 beside it
 MAX_PROMPTS = 1 << 14
 MAX_SHUFFLED = 4096  # domains; beyond, shuffling them costs more than all the rest of the draw
-
-
-class Priorities(NamedTuple):
-    """The terms of the priority, f32[D] in log units; those of a domain that is not drawable mean nothing."""
-
-    total_D: jax.Array  # the sum of the four
-    band_D: jax.Array
-    staleness_D: jax.Array
-    uncertainty_D: jax.Array
-    base_D: jax.Array
 
 
 class Draw(NamedTuple):
@@ -125,7 +98,24 @@ def systematic(key: jax.Array, p_D: jax.Array, num_prompts: int) -> jax.Array:
     return order_D[place_P][jnp.argsort(bits[1 : 1 + num_prompts])]
 
 
-def draw_domains(config: TriageConfig, state: TriageState, p_D: jax.Array, num_prompts: int) -> Draw:
+def reserve(
+    config: ReservedConfig, state: TriageState, p_D: jax.Array, can_D: jax.Array, num_prompts: int
+) -> jax.Array:
+    """p_D with at least one prompt for each of the longest waiting domains, as far as the reserved slots go."""
+    rounds = can_D.sum() / num_prompts  # steps in which every domain could have had a prompt
+    waited_D = steps_waited(state)
+    due_D = can_D & (never_tried(state) | (waited_D > config.rounds * rounds + config.steps))
+    cold = jnp.all(never_tried(state) | ~state.active)
+    slots = jnp.where(cold, num_prompts - 1, min(int(config.share * num_prompts), num_prompts - 1))
+    wait_D = jnp.where(due_D, jnp.where(never_tried(state), UNITS, waited_D), -1)
+    least = jnp.sort(wait_D)[jnp.clip(wait_D.size - slots, 0, wait_D.size - 1)]  # wait of the last that gets a slot
+    tied_D = wait_D == least
+    room = slots - jnp.sum(wait_D > least)
+    given_D = due_D & ((wait_D > least) | (tied_D & (jnp.cumsum(tied_D) <= room)))
+    return floor_project(p_D, given_D * ((1 + 1e-5) / num_prompts))  # above 1 / P whatever is rounded
+
+
+def draw_domains(config: CurriculumConfig, state: TriageState, p_D: jax.Array, num_prompts: int) -> Draw:
     """The batch of state.step from shares p_D; the same for the same state, on every host.
 
     The only randomness is fold_in(state's root key, step), consumed here and nowhere else.
@@ -133,49 +123,19 @@ def draw_domains(config: TriageConfig, state: TriageState, p_D: jax.Array, num_p
     chex.assert_equal_shape([p_D, state.acc_ema])
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl=KEY_IMPL), state.step)
     key_mixed, key_tie = jax.random.split(key)
+    if config.reserved.share > 0 and num_prompts > 1:
+        p_D = reserve(config.reserved, state, p_D, drawable(config, state), num_prompts)
     domain_P = systematic(key_mixed, p_D, num_prompts)
     single = jnp.array(False)
     if config.single_every:
         single = (state.step + 1) % config.single_every == 0  # step 0 is mixed
         graded_D = (p_D > 0) & (state.failures == 0)  # a whole batch is not staked on a failing grader
         score_D = jnp.where(graded_D | ~graded_D.any(), p_D, -1.0)
-        tied_D = score_D >= score_D.max() * (1 - 1e-6)  # equal domains may differ in the last bit of exp
-        chosen = jnp.argmax(jnp.where(tied_D, jax.random.uniform(key_tie, p_D.shape), -1.0))
+        if config.single_rule == "argmax":
+            tied_D = score_D >= score_D.max() * (1 - 1e-6)  # equal domains may differ in the last bit of exp
+            chosen = jnp.argmax(jnp.where(tied_D, jax.random.uniform(key_tie, p_D.shape), -1.0))
+        else:
+            chosen = jax.random.categorical(key_tie, jnp.log(jnp.maximum(score_D, 0.0)))
         domain_P = jnp.where(single, chosen, domain_P)
     domain_P = domain_P.astype(jnp.int32)
     return Draw(domain_P, jnp.zeros(p_D.shape, jnp.int32).at[domain_P].add(1), p_D, single)
-
-
-@dataclass(frozen=True)
-class TriageSampler:
-    """The faithful policy's shares and draw; pure, holds only the static configuration."""
-
-    config: TriageConfig
-
-    def priorities(self, state: TriageState) -> Priorities:
-        """Terms of the priority of each domain, f32[D]; see the module's formula."""
-        c = self.config
-        can_D = drawable(c, state)
-        never_D = jnp.maximum(state.last_seen_step, state.last_tried_step) < 0
-        stale_D = jnp.where(never_D, 1.0, -jnp.expm1(-steps_waited(state) / c.staleness_steps))
-        staleness_D = c.staleness_weight * stale_D
-        uncertainty_D = c.uncertainty_weight * state.grade_uncertainty / MAX_VARIANCE
-
-        claim_D = jnp.exp(state.base_log_w + (staleness_D + uncertainty_D if c.strict else 0.0))
-        member_3D = jnp.arange(len(BANDS))[:, None] == state.performance_band
-        claim_3 = jnp.sum(jnp.where(member_3D & can_D, claim_D, 0.0), axis=1)
-        log_claim_3 = jnp.log(jnp.where(claim_3 > 0, claim_3, 1.0))  # an empty band's term is read by nobody
-        band_D = (jnp.log(jnp.asarray(c.capacity)) - c.eta * log_claim_3)[state.performance_band]
-        base_D = state.base_log_w + state.boost
-        return Priorities(band_D + staleness_D + uncertainty_D + base_D, band_D, staleness_D, uncertainty_D, base_D)
-
-    def probabilities(self, state: TriageState) -> jax.Array:
-        """Shares p_D, f32[D]: sum 1, 0 where not drawable, else at least epsilon / drawable domains."""
-        can_D = drawable(self.config, state)
-        z_D = self.priorities(state).total_D / self.config.temperature
-        q_D = jax.nn.softmax(z_D, where=can_D)
-        return floor_project(q_D, can_D * (self.config.epsilon / jnp.maximum(can_D.sum(), 1)))
-
-    def draw(self, state: TriageState, num_prompts: int) -> Draw:
-        """The batch of state.step; `num_prompts` is static."""
-        return draw_domains(self.config, state, self.probabilities(state), num_prompts)

@@ -12,6 +12,7 @@ dropped, equal rows are kept. A source is one of
     rows.parquet             the same columns, messages and meta as JSON text or nested (needs pyarrow)
     train@name               a split of a hub data set with such columns (needs datasets, and the network once)
     gen:reverse,split=test   rows of a procedural domain (generators.py has its parameters)
+    gen:sort,difficulty=1..4 the same at several levels of difficulty
 
 The first row that does not fit ends reading with file:line and what was expected: nothing is skipped but blank lines.
 """
@@ -55,6 +56,25 @@ def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
         raise ValueError(f"source {source!r}: expected a {', '.join(READERS)} file, split@hub-name, or gen:NAME")
     if not found:
         raise ValueError(f"{source}: no rows; expected at least one {{messages, answer}}")
+    return found
+
+
+def levels(source: str) -> tuple[int, int]:
+    """Easiest and hardest level of a source's rows, (1, 4) for gen:sort,difficulty=1..4; (1, 1) where it has no levels.
+
+    Reads nothing. Raises ValueError, one line, on a generator's source that cannot be read.
+    """
+    return generators.level_range(source, GENERATORS) if source.startswith("gen:") else (1, 1)
+
+
+def read_levels(source: str, base: str | os.PathLike | None = None) -> dict[int, list[Row]]:
+    """The rows of a source by level, easiest first; raises as `read` does."""
+    if not source.startswith("gen:"):
+        return {1: read(source, base)}
+    found = generators.read_levels(source, GENERATORS)
+    for level, rows in found.items():
+        if not rows:
+            raise ValueError(f"{source}: no rows at level {level}; raise its easier end")
     return found
 
 

@@ -12,6 +12,7 @@ from configs import cli
 from infinite_jax import run_folder
 from infinite_jax.progress import results_table
 from infinite_jax.session import open_session, set_up_runtime
+from infinite_jax.types import RunState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         session = open_session(config)
         state = session.state
         if run_dir is not None:
-            number, state = run_folder.checkpoints(run_dir).restore(run_folder.abstract(state), step)
+            # the policy alone: the rest depends on how many domains the run had at that step
+            trained = RunState(run_folder.abstract(state.train), None, None, None)
+            number, state = run_folder.checkpoints(run_dir).restore(trained, step)
             print(f"{run_dir}, step {number}")
     with session.grader:
         results = session.evaluator.run(state.train.params)

@@ -93,10 +93,14 @@ def results_table(results: heldout.Results) -> str:
 
 
 def before_after(before: heldout.Results, after: heldout.Results, steps: tuple[int, int]) -> str:
-    """Greedy held-out pass rates of two evaluations of the same prompts, with paired 95 % intervals, as text."""
-    sides = [{name: passed(result.greedy_N)[:, None] for name, result in each.items()} for each in (before, after)]
+    """Greedy held-out pass rates of two evaluations of the same prompts, with paired 95 % intervals, as text.
+
+    A domain that only one of them has, added in between, is left out.
+    """
+    shared = [name for name in before if name in after]
+    sides = [{name: passed(each[name].greedy_N)[:, None] for name in shared} for each in (before, after)]
     table = Table("held-out domain", "prompts", *(f"step {step}" for step in steps), "change", box=box.MARKDOWN)
-    for name in before:
+    for name in shared:
         change = statistics.paired_difference([sides[0][name]], [sides[1][name]])
         rates = [estimate(statistics.cluster_mean(side[name])) for side in sides]
         table.add_row(name, str(len(sides[0][name])), *rates, estimate(change, signed=True))

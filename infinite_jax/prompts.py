@@ -1,18 +1,33 @@
-"""Prompts: rows turned into token ids once, drawn by position, padded to one of a few static lengths."""
+"""Prompts: rows turned into token ids once, drawn by position or by priority, padded to one of a few static lengths.
 
-from collections.abc import Iterator, Sequence
+Training prompts stand in sets, one for a domain or one for each level of its difficulty. `Stream` goes through a set in
+a fresh order every epoch; `PriorityStream` draws from it by what its prompts have shown (curriculum/prompt_level.py).
+A trainer uses either in the same way: position = start(); take(...) at each step; learn(...) from the grades.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from curriculum import domains
+from curriculum import domains, prompt_level
+from curriculum.config import GRADE_PASS, PromptConfig
+from curriculum.prompt_level import PromptState
 from models import tokenizer as chat
+from rubric.evaluator import Grades
+
+KEY_STREAM = 0x70726F6D  # "prom": keeps these keys off those folded from the same seed
 
 
 class Prompt(NamedTuple):
     row: dict  # the data row: messages, answer, meta, key
     ids: tuple[int, ...]
     domain: int
+    number: int = 0  # place among all training prompts, counted by PriorityStream
 
 
 def tokenise(tokenizer, rows: Sequence[dict], domain: int, name: str, limit: int, template: bool) -> list[Prompt]:
@@ -29,26 +44,128 @@ def tokenise(tokenizer, rows: Sequence[dict], domain: int, name: str, limit: int
     return prompts
 
 
-class Stream:
-    """Each domain's training prompts in a fresh order every epoch. The position is the caller's: cursor_D, epoch_D."""
+class PromptSets:
+    """Which set a domain draws from at its level.
 
-    def __init__(self, train: Sequence[Sequence[Prompt]], names: Sequence[str], seed: int):
-        self.size_D = np.array([len(prompts) for prompts in train], np.int32)
+    Args:
+      train: for each domain its training prompts by level, levels without a gap; where there are none, one empty set.
+    """
+
+    def __init__(self, train: Sequence[Mapping[int, Sequence[Prompt]]]):
+        self.size_D = np.array([sum(map(len, levels.values())) for levels in train], np.int32)
+        self.size_S = np.array([len(prompts) for levels in train for prompts in levels.values()], np.int32)
+        self.lowest_D = np.array([min(levels) for levels in train], np.int32)
+        self.highest_D = np.array([max(levels) for levels in train], np.int32)
+        self.first_D = np.cumsum([0, *map(len, train)])[:-1].astype(np.int32)
+
+    def of(self, domain_P: np.ndarray, level_D: np.ndarray) -> np.ndarray:
+        """i32[P], the set of each drawn domain at its level, f32[D], rounded."""
+        level_D = np.clip(np.rint(level_D).astype(np.int32), self.lowest_D, self.highest_D)
+        return (self.first_D + level_D - self.lowest_D)[domain_P]
+
+    def sizes(self, num_domains: int | None) -> np.ndarray:
+        """Of the sets of the first `num_domains` domains, None = all; domains only ever come at the end."""
+        first = self.first_D[num_domains] if num_domains is not None and num_domains < len(self.first_D) else None
+        return self.size_S[:first]
+
+
+class Cursors(NamedTuple):
+    """The position of a Stream; S sets of prompts."""
+
+    cursor_S: np.ndarray  # i32[S], next position in the set's shuffled order
+    epoch_S: np.ndarray  # i32[S], how often the set was gone through
+
+
+class Stream:
+    """Each set's prompts in a fresh order every epoch. The position is the caller's."""
+
+    def __init__(self, train: Sequence[Mapping[int, Sequence[Prompt]]], names: Sequence[str], seed: int):
+        self.sets = PromptSets(train)
         self._orders = [
-            domains.shuffled(prompts, seed, name) if prompts else None for prompts, name in zip(train, names)
+            # a domain of one level has the order of its name alone
+            domains.shuffled(prompts, seed, name if len(levels) == 1 else f"{name}@{level}") if prompts else None
+            for levels, name in zip(train, names, strict=True)
+            for level, prompts in levels.items()
         ]
 
+    def start(self, num_domains: int | None = None) -> Cursors:
+        """The position before the first step, of all or of the first `num_domains` domains."""
+        zero_S = np.zeros(len(self.sets.sizes(num_domains)), np.int32)
+        return Cursors(zero_S, zero_S.copy())
+
+    def grow(self, position: Cursors) -> Cursors:
+        """`position` with the sets of the domains that it lacks at its end."""
+        return Cursors(*(np.concatenate([old, new[len(old) :]]) for old, new in zip(position, self.start())))
+
+    def take(self, domain_P: np.ndarray, level_D: np.ndarray, position: Cursors) -> tuple[list[Prompt], Cursors]:
+        """The next prompt of each drawn domain at its level, and the new position."""
+        cursor_S, epoch_S, prompts = position.cursor_S.copy(), position.epoch_S.copy(), []
+        for s in self.sets.of(domain_P, level_D):
+            size = int(self.sets.size_S[s])
+            prompts.append(self._orders[s][int(epoch_S[s]) * size + int(cursor_S[s])])
+            cursor_S[s] += 1
+            if cursor_S[s] == size:
+                cursor_S[s], epoch_S[s] = 0, epoch_S[s] + 1
+        return prompts, Cursors(cursor_S, epoch_S)
+
+    def learn(self, position: Cursors, chosen: Sequence[Prompt], grades: Grades) -> Cursors:
+        """An order that is fixed learns nothing from grades."""
+        return position
+
+    def metrics(self, position: Cursors) -> dict[str, np.ndarray]:
+        return {}
+
+
+class PriorityStream:
+    """Prompts of each set by their own priority. The position, with all that is known of them, is the caller's.
+
+    It lives on the host between steps: a few bytes a prompt, and a checkpoint of it belongs to no mesh.
+    """
+
+    def __init__(self, train: Sequence[Mapping[int, Sequence[Prompt]]], seed: int, config: PromptConfig):
+        self.sets = PromptSets(train)
+        every = itertools.chain.from_iterable(prompts for levels in train for prompts in levels.values())
+        self._prompts = [prompt._replace(number=number) for number, prompt in enumerate(every)]
+        self._layout = jax.tree.map(jnp.asarray, prompt_level.layout(self.sets.size_S))
+        self._domains = prompt_level.layout(self.sets.size_D)
+        root = jax.random.fold_in(jax.random.key(seed), KEY_STREAM)
+
+        def draw(where, state, stream_P):
+            return prompt_level.draw(config, where, state, jax.random.fold_in(root, state.draws), stream_P)
+
+        self._draw = jax.jit(draw)
+        self._update = jax.jit(functools.partial(prompt_level.update, config))
+        self._metrics = jax.jit(prompt_level.metrics)
+
+    def start(self, num_domains: int | None = None) -> PromptState:
+        """The position before the first step, of all or of the first `num_domains` domains."""
+        return jax.device_get(prompt_level.init(prompt_level.layout(self.sets.sizes(num_domains))))
+
+    def grow(self, position: PromptState) -> PromptState:
+        """`position` with the prompts of the domains that it lacks at its end."""
+        return jax.device_get(prompt_level.grow(position, prompt_level.layout(self.sets.size_S)))
+
     def take(
-        self, domain_P: np.ndarray, cursor_D: np.ndarray, epoch_D: np.ndarray
-    ) -> tuple[list[Prompt], np.ndarray, np.ndarray]:
-        """The next prompt of each drawn domain, and the new position."""
-        cursor_D, epoch_D, prompts = cursor_D.copy(), epoch_D.copy(), []
-        for d in domain_P:
-            prompts.append(self._orders[d][int(epoch_D[d]) * int(self.size_D[d]) + int(cursor_D[d])])
-            cursor_D[d] += 1
-            if cursor_D[d] == self.size_D[d]:
-                cursor_D[d], epoch_D[d] = 0, epoch_D[d] + 1
-        return prompts, cursor_D, epoch_D
+        self, domain_P: np.ndarray, level_D: np.ndarray, position: PromptState
+    ) -> tuple[list[Prompt], PromptState]:
+        """A prompt of each drawn domain at its level, and the new position. A draw has a key of its own."""
+        number_P, position = jax.device_get(self._draw(self._layout, position, self.sets.of(domain_P, level_D)))
+        return [self._prompts[number] for number in number_P], position
+
+    def learn(self, position: PromptState, chosen: Sequence[Prompt], grades: Grades) -> PromptState:
+        """The position after the chosen prompts' replies were graded, as many replies to each."""
+        groups = (len(chosen), -1)
+        valid_PG = grades.valid_B.reshape(groups)
+        passed_PG = (grades.grade_B.reshape(groups) >= GRADE_PASS) & valid_PG
+        rows_P = valid_PG.sum(1)
+        pass_P = (passed_PG.sum(1) / np.maximum(rows_P, 1)).astype(np.float32)
+        number_P = np.array([prompt.number for prompt in chosen], np.int32)
+        return jax.device_get(self._update(position, number_P, pass_P, rows_P > 0))
+
+    def metrics(self, position: PromptState) -> dict[str, np.ndarray]:
+        """Arrays [D]: prompts/covered, prompts/uncertainty; NaN where a domain has no training prompts."""
+        found = jax.device_get(self._metrics(self._domains, position))
+        return {f"prompts/{key}": value_D for key, value_D in found.items()}
 
 
 def pad(prompts: Sequence[Prompt], buckets: Sequence[int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:

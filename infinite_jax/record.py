@@ -1,37 +1,67 @@
-"""What a run writes about itself: metrics.jsonl (one object a step) and the same scalars for TensorBoard."""
+"""What a run writes about itself, one JSON object a line, and the same scalars and pictures for TensorBoard.
+
+    metrics.jsonl      a row a step
+    events.jsonl       {step, kind, ...}: changes that want attention, such as a drift flag
+    transcripts.jsonl  a few of the rows that some steps learnt from (transcripts.py)
+
+A run that is continued truncates them after its checkpoint, so that they end up as those of a run that never stopped.
+"""
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from tensorboardX import SummaryWriter
 
+from infinite_jax import pictures
+
+METRICS, EVENTS, TRANSCRIPTS = FILES = ("metrics.jsonl", "events.jsonl", "transcripts.jsonl")
+OF_EVALUATION = ("eval/", "canary/", "forgetting/")
+
 
 class RunLog:
-    """Appends rows to RUN_DIR/metrics.jsonl, those after `start`. Undefined is null, never NaN. Context manager."""
+    """Appends to the files of RUN_DIR, rows after `start`. Undefined is null, never NaN. Context manager."""
 
-    def __init__(self, run_dir: Path, start: int):
-        self.path = run_dir / "metrics.jsonl"
-        self._file = open(self.path, "a", encoding="utf-8")
+    def __init__(self, run_dir: Path, names: Sequence[str], start: int):
+        self.names = names
+        self._files = {name: open(run_dir / name, "a", encoding="utf-8") for name in FILES}
+        self._rows = read(run_dir / METRICS)
         self._board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1 if start else None)
 
-    def write(self, step: int, metrics: dict[str, float | int | None]) -> None:
+    def write(self, step: int, metrics: dict[str, float | int | None], events: Sequence[dict] = ()) -> None:
         row = {"step": step} | {key: _defined(value) for key, value in metrics.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        row |= forgetting(self._rows, row, self.names)
+        self._rows.append(row)
+        self._append(METRICS, [row])
+        self._append(EVENTS, [{"step": step} | event for event in events])
         for key, value in row.items():
             if key != "step" and value is not None:
                 self._board.add_scalar(key, value, step)
 
+    def transcribe(self, rows: Sequence[dict]) -> None:
+        self._append(TRANSCRIPTS, rows)
+
+    def draw(self) -> None:
+        """The pictures of the report, for TensorBoard."""
+        for tag, figure in pictures.board_figures(self._rows, self.names).items():
+            self._board.add_figure(tag, figure, self._rows[-1]["step"])
+
+    def _append(self, name: str, rows: Sequence[dict]) -> None:
+        self._files[name].write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        self._files[name].flush()
+
     def sync(self) -> None:
         """Rows up to now survive a power cut; called before a checkpoint counts as saved."""
-        os.fsync(self._file.fileno())
+        for file in self._files.values():
+            os.fsync(file.fileno())
         self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         self._board.close()
 
     def __enter__(self) -> "RunLog":
@@ -39,6 +69,18 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def forgetting(before: Sequence[dict], row: dict, names: Sequence[str]) -> dict[str, float | None]:
+    """forgetting/<domain> of a row with an evaluation: the highest rate of earlier ones, the start's left out, minus
+    this one (Chaudhry et al. 2018, arXiv 1801.10112); None where there is none."""
+    found = {}
+    for name in names:
+        key = f"eval/pass_rate/{name}"
+        if key in row:
+            rates = [old[key] for old in before if old["step"] and old.get(key) is not None]
+            found[f"forgetting/{name}"] = max(rates) - row[key] if rates and row[key] is not None else None
+    return found
 
 
 class CompilationCounter:
@@ -67,8 +109,10 @@ def _defined(value: float | int | None) -> float | int | None:
 
 
 def read(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Rows of such a file, none where there is no file; a last line cut short by a crash is left out."""
     rows = []
+    if not path.is_file():
+        return rows
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
@@ -77,15 +121,30 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def truncate_after(path: Path, step: int | None, eval_every: int) -> None:
+def truncate_after(run_dir: Path, step: int | None, eval_every: int) -> None:
     """Keeps rows up to `step` (None: none): those after the checkpoint that a run continues from are written again.
 
     The evaluation that `step` has only because the run ended there is dropped, so that the file ends up equal to that
     of a run that never stopped.
     """
-    kept = [row for row in read(path) if step is not None and row["step"] <= step] if path.is_file() else []
-    if kept and step % eval_every:
-        kept[-1] = {key: value for key, value in kept[-1].items() if not key.startswith("eval/")}
+    for name in FILES:
+        kept = [row for row in read(run_dir / name) if step is not None and row["step"] <= step]
+        if name == METRICS and kept and step % eval_every:
+            kept[-1] = {key: value for key, value in kept[-1].items() if not key.startswith(OF_EVALUATION)}
+        _replace(run_dir / name, kept)
+
+
+def amend(run_dir: Path, step: int, names: Sequence[str], metrics: dict[str, float | int | None]) -> None:
+    """Adds the metrics of an evaluation to the row of `step`."""
+    rows = read(run_dir / METRICS)
+    for place, row in enumerate(rows):
+        if row["step"] == step:
+            row |= {key: _defined(value) for key, value in metrics.items()}
+            row |= forgetting(rows[:place], row, names)
+    _replace(run_dir / METRICS, rows)
+
+
+def _replace(path: Path, rows: list[dict]) -> None:
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(scratch, path)

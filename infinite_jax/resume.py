@@ -1,6 +1,6 @@
-"""Continues a run bit for bit from its newest intact checkpoint.
+"""Continues a run bit for bit from its newest intact checkpoint; domains may be added to it and retired.
 
-python -m infinite_jax.resume RUN_DIR [run.steps=N] [key=value ...]
+python -m infinite_jax.resume RUN_DIR [run.steps=N] [key=value ...] [add=more.yaml] [retire=NAME]
 """
 
 import sys
@@ -8,31 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
-from infinite_jax import record, run_folder
+from infinite_jax import changes, record, run_folder
 from infinite_jax.session import open_session, set_up_runtime
-from infinite_jax.train import train
+from infinite_jax.train import evaluate, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = cli.parser("resume", __doc__.splitlines()[0])
     arguments.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     arguments.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="run.steps, run.*_every, run.keep_*, mesh.*"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="run.steps, run.tokens, run.*_every, run.keep_*, mesh.*; add=FILE, a YAML list of domains, as under "
+        "`domains:`; retire=NAME[,NAME], no longer trained on, still evaluated",
     )
     given = arguments.parse_args(argv)
     run_dir = given.run_dir
     with cli.bad_input():
-        config = run_folder.load_config(run_dir, given.overrides)
+        asked, overrides = changes.take(given.overrides)
+        config = changes.apply(run_folder.load_config(run_dir, overrides), asked)
         set_up_runtime(config)
         session = open_session(config)
         try:
             run_folder.check_data(run_dir, session.data_sha256)
             # one copy of the state at a time: the fresh one is freed before the saved one is read
             session, state = session._replace(state=None), session.state
-            abstract, start = run_folder.abstract(state), None
+            abstract, start, known = run_folder.abstract(state), None, run_folder.saved_changes(run_dir)
             if run_folder.checkpoints(run_dir).steps():
                 state = None
-                start, state = run_folder.checkpoints(run_dir).restore(abstract)
+                start, state = changes.restore(
+                    run_folder.checkpoints(run_dir), session, abstract, known + changes.entry(asked, 0)
+                )
                 if start >= config.run.steps:
                     raise ValueError(
                         f"run.steps={config.run.steps}: the run is at step {start} already; give a larger one"
@@ -41,13 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise ValueError(
                         f"run.tokens={config.run.tokens}: the run has generated {state.tokens} already; give more, or 0"
                     )
-            record.truncate_after(run_dir / "metrics.jsonl", start, run_folder.saved_eval_every(run_dir))
-            run_folder.save_config(run_dir, config, session.data_sha256)
+            config = changes.date(config, asked, start or 0)
+            session = session._replace(config=config)
+            state, new = changes.grow(session, state)
+            record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
+            run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
         except BaseException:
             session.grader.close()
             raise
     with session.grader:
         print(f"continuing {run_dir} " + ("from its beginning" if start is None else f"after step {start}"))
+        for name in asked.retire:
+            print(f"retired: {name}, evaluated on")
+        if new:  # their rates before any training, beside those of the others
+            print(f"added: {', '.join(new)}")
+            record.amend(run_dir, start, session.names, evaluate(session, run_dir, start, state))
         return train(session, run_dir, state, start)
 
 

@@ -2,7 +2,9 @@
 
 import datetime
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import yaml
@@ -10,7 +12,6 @@ import yaml
 from configs import schema
 from configs.schema import Config
 from infinite_jax.checkpoint import Checkpointer
-from infinite_jax.types import RunState
 from models import source
 
 
@@ -25,15 +26,19 @@ def choose(config: Config) -> Path:
     return folder
 
 
-def save_config(folder: Path, config: Config, data_sha256: str) -> None:
-    """config.yaml: the resolved configuration, and hashes of it, of the KL reference's weights and of the data."""
+def save_config(folder: Path, config: Config, data_sha256: dict[str, str], changes: Sequence[dict] = ()) -> None:
+    """config.yaml: the resolved configuration, hashes of it, of the KL reference's weights and of each domain's data.
+
+    `changes`: what was added and retired at which step, over the whole run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     provenance = {
         "config_hash": schema.config_hash(config),
         "reference_sha256": source.content_hash(config.model.path),
         "data_sha256": data_sha256,
     }
-    text = yaml.safe_dump(schema.as_dict(config) | {"provenance": provenance}, sort_keys=False)
+    contents = schema.as_dict(config) | {"provenance": provenance} | ({"changes": list(changes)} if changes else {})
+    text = yaml.safe_dump(contents, sort_keys=False)
     scratch = folder / "config.yaml.tmp"
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, folder / "config.yaml")
@@ -46,7 +51,7 @@ def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] =
     reference weights are not those that the run began with.
     """
     path = folder / "config.yaml"
-    data, provenance = _read(path)
+    data, provenance, _ = _read(path)
     saved = schema.build(Config, data)
     if schema.config_hash(saved) != provenance["config_hash"]:
         raise ValueError(f"{path}: edited since the run began (hash differs): undo the edit, or start another run")
@@ -65,23 +70,36 @@ def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] =
     return config
 
 
-def _read(path: Path) -> tuple[dict, dict]:
+def _read(path: Path) -> tuple[dict, dict, list[dict]]:
+    """(configuration, provenance, changes)"""
     if not path.is_file():
         raise ValueError(f"{path.parent}: no config.yaml there, so this is no run directory")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return data, data.pop("provenance")
+        return data, data.pop("provenance"), data.pop("changes", [])
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path}: not the file that a run writes: restore it from a backup") from error
 
 
-def check_data(folder: Path, data_sha256: str) -> None:
-    """Raises ValueError if the rows read are not those that the run began with."""
-    found = _read(folder / "config.yaml")[1].get("data_sha256")
-    if found != data_sha256:
+def check_data(folder: Path, data_sha256: dict[str, str]) -> None:
+    """Raises ValueError if the rows read of any domain are not those that it came to the run with."""
+    saved = _read(folder / "config.yaml")[1].get("data_sha256")
+    if not isinstance(saved, dict):
         raise ValueError(
-            f"{folder}: the data has changed since the run began: put the files back, or start another run"
+            f"{folder}/config.yaml: one data_sha256 for all domains, as an earlier version wrote it: continue the run "
+            "with that version, or start another run"
         )
+    for name, digest in saved.items():
+        if data_sha256.get(name) != digest:
+            raise ValueError(
+                f"{folder}: the data of domain {name} has changed since the run began: put the files back, or start "
+                "another run"
+            )
+
+
+def saved_changes(folder: Path) -> list[dict]:
+    """What was added and retired so far: {step, add, retire}, oldest first."""
+    return _read(folder / "config.yaml")[2]
 
 
 def saved_eval_every(folder: Path) -> int:
@@ -104,7 +122,7 @@ def checkpoints(folder: Path) -> Checkpointer:
     return Checkpointer(folder / "checkpoints", keep_last=1, keep_best=0)
 
 
-def abstract(state: RunState) -> RunState:
+def abstract(state: Any) -> Any:
     """Shapes, dtypes and shardings of `state`, which may then be freed; numpy leaves stay as they are."""
 
     def shape(x):

@@ -6,6 +6,7 @@ otherwise be most of the work.
 """
 
 import functools
+from dataclasses import dataclass
 
 import chex
 import jax
@@ -15,6 +16,20 @@ from kernels.logprob import token_logp
 from models import policy
 from models.architectures import DecoderConfig
 from sharding.rules import constrain
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """completion_logp with what is static bound: equal ones are equal to jit, so that a second run compiles nothing."""
+
+    decoder: DecoderConfig
+    temperature: float
+    span: int
+    group: int
+
+    def __call__(self, params, tokens_BT: jax.Array, loss_mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lengths = (self.temperature, self.span, self.group)
+        return completion_logp(self.decoder, params, tokens_BT, loss_mask_BT, *lengths)
 
 
 def completion_logp(

@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from configs import limits
 from configs.schema import Config
 from curriculum import domains, policies
+from curriculum.triage import NEVER, Roster, roster
 from infinite_jax import prompts
+from infinite_jax.canary import Canary
 from infinite_jax.heldout import Evaluator
-from infinite_jax.prompts import Stream
+from infinite_jax.prompts import PriorityStream, Prompt, Stream
 from infinite_jax.trainer import InfiniteGRPOTrainer, initial_train_state
-from infinite_jax.types import RunState
+from infinite_jax.types import Params, RunState
 from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
 from rubric.evaluator import RubricEvaluator
@@ -36,9 +38,10 @@ class Session(NamedTuple):
     names: list[str]
     grader: RubricEvaluator
     evaluator: Evaluator
+    canary: Canary | None
     trainer: InfiniteGRPOTrainer
     state: RunState  # of step 0
-    data_sha256: str  # of every row read
+    data_sha256: dict[str, str]  # of every row read, by domain
 
 
 def set_up_runtime(config: Config) -> None:
@@ -49,53 +52,108 @@ def set_up_runtime(config: Config) -> None:
         )
 
 
+class Loaded(NamedTuple):
+    """What is read from the model's and the domains' files: the same for every policy and seed."""
+
+    mesh: Mesh
+    decoder: DecoderConfig
+    tokenizer: object
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    train: list[dict[int, list[Prompt]]]  # of each domain its training prompts by level
+    test: list[list[Prompt]]
+
+
 def open_session(config: Config) -> Session:
     """Reads model and data and builds the parts. Raises ValueError, one line, on anything the user must mend.
 
     The caller closes `grader`.
     """
     limits.validate(config, jax.device_count())
+    return assemble(config, *load(config))
+
+
+def load(config: Config) -> tuple[Loaded, Params]:
+    """The files, and the model's parameters on the mesh."""
     mesh = make_mesh(config.mesh)
-    names = [domain.name for domain in config.domains]
-    grader = RubricEvaluator([domain.environment for domain in config.domains], config.rubric)
-    try:
-        text = source.load_tokenizer(config.model)
-        train, test = _read_domains(config, text)
-        decoder, params = source.load(config.model, mesh)
-        stop_ids, pad_id = _markup(config, text, decoder, [*train, *test])
-    except BaseException:
-        grader.close()
-        raise
-    stream = Stream(train, names, config.run.seed)
+    text = source.load_tokenizer(config.model)
+    train, test = _read_domains(config, text)
+    decoder, params = source.load(config.model, mesh)
+    stop_ids, pad_id = _markup(config, text, decoder, [*_all(train), *test])
+    return Loaded(mesh, decoder, text, stop_ids, pad_id, train, test), params
+
+
+def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
+    """The parts, built. `params` go into the state of step 0, which a step donates. The caller closes `grader`."""
+    mesh, decoder, text, stop_ids, pad_id, train, test = loaded
+    names, seed = [domain.name for domain in config.domains], config.run.seed
+    if config.curriculum.level == "prompt":
+        stream = PriorityStream(train, seed, config.curriculum.prompt)
+    else:
+        stream = Stream(train, names, seed)
     curriculum = policies.build(config.curriculum)
     # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
     reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
+    canary = (
+        Canary(decoder, mesh, text, pad_id, config.model.apply_chat_template, params) if config.eval.canary else None
+    )
     shared, ids = (decoder, mesh), (text, stop_ids, pad_id)
+    grader = RubricEvaluator([domain.environment for domain in config.domains], config.rubric)
     trainer = InfiniteGRPOTrainer(
-        config.algorithm, *shared, reference, *ids, names, stream, curriculum, grader, config.run.seed
+        config.algorithm,
+        *shared,
+        reference,
+        *ids,
+        names,
+        stream,
+        curriculum,
+        config.curriculum.capacity,
+        grader,
+        seed,
     )
-    evaluator = Evaluator(config.eval, config.algorithm, *shared, *ids, test, names, grader, config.run.seed)
-    triage = curriculum.init(
-        config.run.seed,
-        [domain.weight for domain in config.domains],
-        [not domain.eval_only for domain in config.domains],
-        [domain.new for domain in config.domains],
-        [domain.arrives for domain in config.domains],
-    )
+    evaluator = Evaluator(config.eval, config.algorithm, *shared, *ids, test, names, grader, seed)
+    triage = curriculum.init(seed, members(config, stream.sets.size_D))
     triage = jax.device_put(triage, NamedSharding(mesh, PartitionSpec()))
-    nowhere_D = np.zeros(len(names), np.int32)
     train_state = initial_train_state(config.algorithm, decoder, params, mesh)
-    state = RunState(train_state, triage, nowhere_D, nowhere_D.copy(), np.zeros((), np.int64))
-    return Session(config, mesh, decoder, text, names, grader, evaluator, trainer, state, _data_hash(train, test))
+    state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64))
+    hashes = _data_hashes(names, train, test)
+    return Session(config, mesh, decoder, text, names, grader, evaluator, canary, trainer, state, hashes)
 
 
-def _read_domains(config: Config, text) -> tuple[list, list]:
+def members(config: Config, size_D: np.ndarray) -> Roster:
+    """What the configuration says about its domains; size_D: i32[D], training rows."""
+    ends = [domains.level_ends(domain) for domain in config.domains]
+    adaptive = config.curriculum.difficulty == "adaptive"
+    return roster(
+        len(config.domains),
+        weight=[domain.weight for domain in config.domains],
+        size=size_D,
+        active=[not domain.eval_only for domain in config.domains],
+        is_new=[domain.new for domain in config.domains],
+        arrives=[domain.arrives for domain in config.domains],
+        retires=[NEVER if domain.retires is None else domain.retires for domain in config.domains],
+        level=[easiest for easiest, _ in ends],
+        level_min=[easiest for easiest, _ in ends],
+        level_max=[hardest if adaptive else easiest for easiest, hardest in ends],
+    )
+
+
+def _read_domains(config: Config, text) -> tuple[list[dict[int, list]], list[list]]:
+    """For each domain its training prompts by level and its test prompts."""
     limit, template = config.algorithm.prompt_buckets[-1], config.model.apply_chat_template
     train, test = [], []
-    for index, domain in enumerate(domains.load(config.domains)):
-        for kept, rows in ((train, domain.train_rows), (test, domain.test_rows)):
-            kept.append(prompts.tokenise(text, rows, index, domain.name, limit, template))
+    for index, domain in enumerate(domains.load(config.domains, adaptive=config.curriculum.difficulty == "adaptive")):
+
+        def tokenised(rows, index=index, name=domain.name):
+            return prompts.tokenise(text, rows, index, name, limit, template)
+
+        train.append({level: tokenised(rows) for level, rows in domain.train_levels.items()})
+        test.append(tokenised(domain.test_rows))
     return train, test
+
+
+def _all(train: list[dict[int, list]]) -> list[list]:
+    return [found for levels in train for found in levels.values()]
 
 
 def _markup(config: Config, text, decoder: DecoderConfig, prompted: list) -> tuple[tuple[int, ...], int]:
@@ -117,8 +175,11 @@ def _markup(config: Config, text, decoder: DecoderConfig, prompted: list) -> tup
     return known, pad_id
 
 
-def _data_hash(train: list, test: list) -> str:
-    digest = hashlib.sha256()
-    for prompt in itertools.chain.from_iterable([*train, *test]):
-        digest.update(json.dumps([prompt.row, prompt.ids], sort_keys=True).encode())
-    return digest.hexdigest()
+def _data_hashes(names: list[str], train: list[dict[int, list]], test: list[list]) -> dict[str, str]:
+    found = {}
+    for name, levels, held_out in zip(names, train, test, strict=True):
+        digest = hashlib.sha256()
+        for prompt in itertools.chain(*levels.values(), held_out):
+            digest.update(json.dumps([prompt.row, prompt.ids], sort_keys=True).encode())
+        found[name] = digest.hexdigest()
+    return found

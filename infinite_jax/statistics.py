@@ -1,17 +1,19 @@
-"""Intervals of held-out pass rates. Values lie in [0, 1], NaN where the grader gave none.
+"""Intervals of held-out pass rates, and of differences between runs.
 
-The prompt is the independent unit: several samples of one prompt share its difficulty, so n prompts with S samples
-each are n observations (their means), not n S. Domains are fixed (the claim is about these domains), their prompts
-random. With y_i the mean over the valid samples of prompt i:
+Within a run values lie in [0, 1], NaN where the grader gave none. The prompt is the independent unit: several samples
+of one prompt share its difficulty, so n prompts with S samples each are n observations (their means), not n S. Domains
+are fixed (the claim is about these domains), their prompts random. With y_i the mean over prompt i's valid samples:
 
     m = mean_i y_i         v = sum_i (y_i - m)^2 / (n (n - 1)), the variance of m
     macro m = mean_d m_d   macro v = sum_d v_d / D^2
+
+Between two arms the seed is the unit: both start from it alike, and their difference is one observation (`paired`).
 
 Sources: Wilson 1927 (JASA 22:209) for k of n; Dean and Pagano 2015 (J. Surv. Stat. Methodol. 3:484) for his interval
 with an effective sample size under clustering; Satterthwaite 1946 (Biometrics Bull. 2:110) for the degrees of freedom
 of a sum of variances; Miller 2024 (arXiv 2411.00640) for clustered and paired errors of model evaluations.
 
-Left out: intervals over seeds or training runs, and the difference of unpaired evaluations.
+Left out: differences of unpaired evaluations or runs, and corrections for the number of comparisons that are made.
 """
 
 from collections.abc import Sequence
@@ -83,6 +85,47 @@ def paired_difference(
         raise ValueError(f"paired evaluations have {sizes[0]} and {sizes[1]} prompts a domain: use the same prompts")
     differences = [_means(later) - _means(earlier) for earlier, later in zip(before, after)]
     return _mean_of_means([d_N[~np.isnan(d_N)] for d_N in differences], confidence, -1.0, 1.0)
+
+
+def paired(
+    values_a_S: Sequence[float | None],
+    values_b_S: Sequence[float | None],
+    relative: bool = False,
+    confidence: float = 0.95,
+) -> Estimate | None:
+    """Mean over S seeds of a - b, or with `relative` of 100 (a - b) / b, in per cent, with Student's t interval.
+
+    Position s of both is the same seed. A seed without a value (None or NaN) on either side is left out on both.
+    None where `why_not_paired` gives a reason. Seeds that all differ by the same have an interval of no width.
+    Raises ValueError where the numbers of seeds differ.
+    """
+    if why_not_paired(values_a_S, values_b_S, relative):
+        return None
+    a_S, b_S = _both(values_a_S, values_b_S)
+    difference_S = 100 * (a_S - b_S) / b_S if relative else a_S - b_S
+    n, mean = len(difference_S), float(difference_S.mean())
+    half = float(stdtrit(n - 1, (1 + confidence) / 2) * difference_S.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def why_not_paired(
+    values_a_S: Sequence[float | None], values_b_S: Sequence[float | None], relative: bool = False
+) -> str:
+    """Why `paired` is undefined, one line; "" where it is defined. Raises ValueError as it does."""
+    a_S, b_S = _both(values_a_S, values_b_S)
+    if len(a_S) < 2:
+        return f"{len(a_S)} of {len(values_a_S)} seeds have a value in both arms, an interval needs 2"
+    if relative and (b_S <= 0).any():
+        return f"the baseline is {b_S.min():.4g} in one seed: a gain relative to it means nothing, compare differences"
+    return ""
+
+
+def _both(values_a_S: Sequence[float | None], values_b_S: Sequence[float | None]) -> np.ndarray:
+    """f64 [2, seeds with a value on both sides]."""
+    if len(values_a_S) != len(values_b_S):
+        raise ValueError(f"paired runs have {len(values_a_S)} and {len(values_b_S)} seeds: run both arms on the same")
+    both_2S = np.array([values_a_S, values_b_S], np.float64)  # None becomes NaN
+    return both_2S[:, ~np.isnan(both_2S).any(axis=0)]
 
 
 def _means(values_NS: np.ndarray) -> np.ndarray:

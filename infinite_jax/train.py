@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import heldout, record, run_folder
+from infinite_jax import heldout, record, run_folder, transcripts
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.progress import Progress, before_after
 from infinite_jax.session import Session, open_session, set_up_runtime
@@ -44,7 +44,7 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
     compilations = record.CompilationCounter()
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
-        record.RunLog(run_dir, start) as log,
+        record.RunLog(run_dir, session.names, start) as log,
         Progress(session.names, run.steps, start) as progress,
         stop,
     ):
@@ -53,20 +53,28 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             log.write(0, metrics)
             progress.show(0, metrics)
             warn_of_failures(session, warned)
-            save(checkpoints, log, 0, state, metrics)
+            if run.checkpoint_every:
+                save(checkpoints, log, 0, state, metrics)
         for step in range(start + 1, run.steps + 1):
-            state, metrics = session.trainer.step(state)
+            state, outcome = session.trainer.step(state)
+            metrics, sampled = outcome.metrics, outcome.sampled
             last = step == run.steps or 0 < run.tokens <= state.tokens
             if last or step % run.eval_every == 0:
                 metrics |= evaluate(session, run_dir, step, state)
             metrics |= compilations.since_last() | record.memory()
-            log.write(step, metrics)
+            log.write(step, metrics, outcome.events)
+            if transcripts.due(step, run.eval_every):
+                log.transcribe(transcripts.pick(step, sampled.chosen, sampled.replies, sampled.grades, session.names))
             progress.show(step, metrics)
             warn_of_failures(session, warned)
-            if last or stop.asked or step % run.checkpoint_every == 0:
+            if run.checkpoint_every and (last or stop.asked or step % run.checkpoint_every == 0):
                 save(checkpoints, log, step, state, metrics)
             if stop.asked or last:
+                log.draw()
                 break
+    if stop.asked and not last and not run.checkpoint_every:
+        print(f"stopped at step {step}; nothing was saved: run.checkpoint_every=0")
+        return cli.PREEMPTED
     if stop.asked and not last:
         print(f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}")
         return cli.PREEMPTED
@@ -82,8 +90,9 @@ def evaluate(session: Session, run_dir: Path, step: int, state: RunState) -> dic
     clock = Clock()
     results = session.evaluator.run(state.train.params)
     heldout.save(evaluation_file(run_dir, step), results)
+    canary = session.canary.run(state.train.params) if session.canary else {}
     clock.lap("evaluate")
-    return heldout.metrics(results) | clock.seconds
+    return heldout.metrics(results) | canary | clock.seconds
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:

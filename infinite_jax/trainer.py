@@ -5,8 +5,8 @@
 The step takes the whole RunState and returns the next one; the trainer itself holds nothing that changes.
 """
 
-import functools
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import AlgorithmConfig
-from curriculum.triage import statistics
-from infinite_jax import grpo, prompts
-from infinite_jax.prompts import Prompt, Stream
+from curriculum.triage import DomainStats
+from infinite_jax import batch, grpo, prompts
+from infinite_jax.prompts import PriorityStream, Prompt, Stream
 from infinite_jax.rollout import Sampling, generate
-from infinite_jax.score import completion_logp
-from infinite_jax.types import Batch, Rollout, RunState, TrainState
+from infinite_jax.score import Scorer
+from infinite_jax.types import Rollout, RunState, TrainState
 from models import policy
 from models.architectures import DecoderConfig
 from rubric.evaluator import Grades, RubricEvaluator
@@ -32,15 +32,32 @@ ROLLOUT_STREAM, EVAL_STREAM = 0, 1  # ids of the random streams: fold_in(fold_in
 Metrics = dict[str, float | int | None]
 
 
+class Round(NamedTuple):
+    """P prompts and what came of them; more than one a step only under dynamic sampling."""
+
+    chosen: list[Prompt]
+    rollout: Rollout
+    replies: list[str]  # of P x G rows
+    grades: Grades
+
+
+class Outcome(NamedTuple):
+    """What a step leaves for people to read."""
+
+    metrics: Metrics
+    sampled: Round  # what the update learnt from
+    events: list[dict]  # changes that want attention: {kind, domain, ...}
+
+
 class Clock:
-    """Wall time of the phases of a step, in seconds, under time/<phase>_s."""
+    """Wall time of the phases of a step, in seconds, under time/<phase>_s; a phase that comes again adds."""
 
     def __init__(self):
         self.seconds, self._last = {}, time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[f"time/{phase}_s"], self._last = now - self._last, now
+        now, key = time.perf_counter(), f"time/{phase}_s"
+        self.seconds[key], self._last = self.seconds.get(key, 0.0) + now - self._last, now
 
 
 def stream_key(seed: int, step: int, stream: int) -> jax.Array:
@@ -52,7 +69,8 @@ class InfiniteGRPOTrainer:
 
     Args:
       reference: frozen parameters in the compute dtype, the KL anchor; never updated.
-      curriculum: a policy of curriculum.policies (init, update, probabilities, draw).
+      curriculum: a policy of curriculum.policies.
+      capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
     """
 
     def __init__(
@@ -65,14 +83,15 @@ class InfiniteGRPOTrainer:
         stop_ids: tuple[int, ...],
         pad_id: int,
         names: list[str],
-        stream: Stream,
+        stream: Stream | PriorityStream,
         curriculum,
+        capacity: str,
         grader: RubricEvaluator,
         seed: int,
     ):
         self.config, self.decoder, self.mesh, self.reference = config, decoder, mesh, reference
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
-        self.grader, self.seed = grader, seed
+        self.capacity, self.grader, self.seed = capacity, grader, seed
         self.sampling = Sampling(
             config.temperature,
             config.top_k,
@@ -82,51 +101,69 @@ class InfiniteGRPOTrainer:
             stop_ids,
             pad_id,
         )
-
-        def logp_fn(params, tokens_BT, mask_BT):
-            lengths = (config.max_new_tokens, config.group_size)
-            return completion_logp(decoder, params, tokens_BT, mask_BT, config.temperature, *lengths)
-
+        self.scorer = Scorer(decoder, config.temperature, config.max_new_tokens, config.group_size)
         self._draw = jax.jit(curriculum.draw, static_argnums=1)
-        self._prepare = jax.jit(functools.partial(prepare, config, logp_fn, len(names)))
-        self._update = jax.jit(functools.partial(grpo.train_step, config, logp_fn), donate_argnums=0)
+        self._lr_scale = jax.jit(curriculum.lr_scale)
         self._triage = jax.jit(curriculum.update)
         self._observe = jax.jit(curriculum.metrics)
 
-    def step(self, state: RunState) -> tuple[RunState, Metrics]:
-        """One update and its metrics. `state.train` is donated: use the returned state only.
+    def step(self, state: RunState) -> tuple[RunState, Outcome]:
+        """One update and what is to be said of it. `state.train` is donated: use the returned state only.
 
         Waits for the update before it returns, so that the times of the phases are exact; the host work that could
         overlap with it (drawing and padding the next prompts) is a few milliseconds.
         """
-        step, clock = int(state.curriculum.step), Clock()
+        clock = Clock()
         with jax.set_mesh(self.mesh):
             draw = jax.device_get(self._draw(state.curriculum, self.config.prompts))
-            chosen, cursor_D, epoch_D = self.stream.take(draw.domain_P, state.cursor_D, state.epoch_D)
-            rollout = self.rollout(state.train.params, chosen, step)
+            rounds, sampled, position = self.sample(state, draw.domain_P, clock)
+            lr_scale_D = self._lr_scale(state.curriculum)
+            scored = (state.train.params, self.reference, sampled.rollout, sampled.grades, lr_scale_D)
+            made = _prepare(self.config, self.scorer, *scored)
+            train, update = _train_step(self.config, self.scorer, state.train, made)
+            jax.block_until_ready(train.step)
+            clock.lap("update")
+            stats = [self.statistics(done, clock.seconds, len(rounds)) for done in rounds]
+            curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
+            triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
+            fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
+        metrics = self._metrics(rounds, draw.single, jax.device_get(update), triage)
+        tokens = state.tokens + metrics["tokens/generated"]
+        metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
+        metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
+        outcome = Outcome(metrics, sampled, self._events(*fallen_D, triage))
+        return RunState(train, curriculum, position, tokens), outcome
+
+    def sample(self, state: RunState, domain_P: np.ndarray, clock: Clock) -> tuple[list[Round], Round, object]:
+        """(all rounds, the groups to learn from, position in the data): prompts of the drawn domains, answered, graded.
+
+        One round, unless the curriculum wants groups without a difference drawn again (DAPO, 2503.14476): then rounds
+        follow until every group has one, or algorithm.resample_rounds have passed. All that was generated is charged.
+        """
+        position, rounds, sampled = state.position, [], None
+        most = self.config.resample_rounds if self.curriculum.resample else 1
+        level_D = jax.device_get(state.curriculum.level)
+        while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
+            chosen, position = self.stream.take(domain_P, level_D, position)
+            rollout = self.rollout(state.train.params, chosen, int(state.curriculum.step), len(rounds))
             replies = self.read(rollout)
             clock.lap("rollout")
             grades = self.grade(chosen, replies)
+            position = self.stream.learn(position, chosen, grades)
             clock.lap("grade")
-            batch, stats = self._prepare(state.train.params, self.reference, rollout, grades)
-            train, metrics = self._update(state.train, batch)
-            curriculum = self._triage(state.curriculum, stats)
-            jax.block_until_ready(train.step)
-            clock.lap("update")
-            triage = self._observe(curriculum, draw.p_D)
-        metrics = self._metrics(rollout, grades, draw.single, metrics, triage) | clock.seconds
-        metrics["time/step_s"] = sum(clock.seconds.values())
-        metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
-        tokens = state.tokens + metrics["tokens/generated"]
-        metrics["tokens/total"] = int(tokens)
-        return RunState(train, curriculum, cursor_D, epoch_D, tokens), metrics
+            rounds.append(Round(chosen, rollout, replies, grades))
+            sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
+        return rounds, sampled, position
 
-    def rollout(self, params, chosen: list[Prompt], step: int) -> Rollout:
-        """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p."""
-        # the first step takes the largest shape, so that a run that will not fit in memory fails at once
-        buckets = self.config.prompt_buckets if step else self.config.prompt_buckets[-1:]
+    def rollout(self, params, chosen: list[Prompt], step: int, number: int = 0) -> Rollout:
+        """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p. `number`: of the round."""
+        # the first step takes the largest shape, so that a run that will not fit in memory fails at once; rounds are
+        # mixed row by row, so that all have one shape
+        buckets = self.config.prompt_buckets
+        buckets = buckets if step and not self.curriculum.resample else buckets[-1:]
         prompt_PT, length_P = prompts.pad(chosen, buckets, self.sampling.pad_id)
         key = stream_key(self.seed, step, ROLLOUT_STREAM)
+        key = jax.random.fold_in(key, number) if number else key
         made = generate(
             self.decoder, self.sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key
         )
@@ -142,25 +179,75 @@ class InfiniteGRPOTrainer:
         row_prompt = [chosen[b // self.config.group_size] for b in range(len(replies))]
         return self.grader.grade([p.domain for p in row_prompt], [p.row for p in row_prompt], replies)
 
-    def _metrics(self, rollout: Rollout, grades: Grades, single, update: dict, triage: dict) -> dict:
-        """Flat name -> float or None. What a domain did not show this step is None."""
-        update, triage = jax.device_get((update, triage))
-        mask_BT, done_B = jax.device_get((rollout.loss_mask_BT, rollout.done_B))
-        tokens_B, valid_B = mask_BT.sum(1), grades.valid_B
+    def differs(self, done: Round) -> np.ndarray:
+        """bool[P], groups whose valid rewards are not all equal: those that give a gradient."""
+        reward_PG, valid_PG = (
+            x.reshape(-1, self.config.group_size) for x in (done.grades.reward_B, done.grades.valid_B)
+        )
+        advantage_PG = jax.device_get(grpo.group_advantage(reward_PG, valid_PG, "none"))
+        return (advantage_PG != 0).any(axis=1)
+
+    def replace_equal(self, kept: Round, more: Round) -> Round:
+        """`kept` with as many of its equal groups replaced by differing ones of `more` as there are."""
+        P, G = len(kept.chosen), self.config.group_size
+        group_P, free = np.arange(P), np.flatnonzero(~self.differs(kept))
+        found = np.flatnonzero(self.differs(more))[: len(free)]
+        group_P[free[: len(found)]] = P + found
+        row_B = (group_P[:, None] * G + np.arange(G)).reshape(-1)
+        rollout, both = _take_rows(kept.rollout, more.rollout, row_B), kept.replies + more.replies
+        rollout = rollout._replace(prompt_B=kept.rollout.prompt_B)
+        grades = Grades(*(np.concatenate(pair)[row_B] for pair in zip(kept.grades, more.grades)))
+        return Round([[*kept.chosen, *more.chosen][p] for p in group_P], rollout, [both[b] for b in row_B], grades)
+
+    def statistics(self, done: Round, seconds: dict[str, float], rounds: int) -> DomainStats:
+        """Sums a domain of one of `rounds` rounds, with the cost of its prompts in the unit of capacity.
+
+        In seconds, a round's part of rollout and update is split by the positions computed (a prompt once, its
+        completions), that of grading evenly.
+        """
+        groups = (-1, self.config.group_size)
+        tokens_P = np.asarray(done.rollout.loss_mask_BT).sum(1).reshape(groups).sum(1).astype(np.float32)
+        cost_P = np.ones(len(tokens_P), np.float32)
+        if self.capacity == "tokens":
+            cost_P = tokens_P
+        elif self.capacity == "seconds":
+            work_P = tokens_P + np.array([len(prompt.ids) for prompt in done.chosen], np.float32)
+            computing = (seconds["time/rollout_s"] + seconds["time/update_s"]) / rounds
+            cost_P = computing * work_P / work_P.sum() + seconds["time/grade_s"] / rounds / len(work_P)
+        return _tally(self.config.group_size, len(self.names), done.rollout.domain_B, done.grades, cost_P)
+
+    def _events(self, before_D: np.ndarray, after_D: np.ndarray, triage: dict) -> list[dict]:
+        """Drift flags that rose or fell with this step."""
+        events = []
+        for d in np.flatnonzero(before_D != after_D):
+            kind = "drift" if after_D[d] else "drift_over"
+            found = {key: triage[key][d].item() for key in ("triage/acc_ema", "drift/ref", "drift/cusum")}
+            events.append({"kind": kind, "domain": self.names[d]} | found)
+        return events
+
+    def _metrics(self, rounds: list[Round], single, update: dict, triage: dict) -> dict:
+        """Flat name -> float or None, of all that was generated. What a domain did not show this step is None."""
+        rollouts = [done.rollout for done in rounds]
+        tokens_B = np.concatenate([np.asarray(rollout.loss_mask_BT).sum(1) for rollout in rollouts])
+        done_B = np.concatenate([np.asarray(rollout.done_B) for rollout in rollouts])
+        domain_B = np.concatenate([rollout.domain_B for rollout in rollouts])
+        grades = Grades(*map(np.concatenate, zip(*(done.grades for done in rounds))))
+        valid_B = grades.valid_B
         shown = {
             "reward/mean": mean(grades.reward_B[valid_B]),
             "reward/grade": mean(grades.grade_B[valid_B]),
             "rollout/invalid": 1.0 - float(valid_B.mean()),
             "rollout/length": float(tokens_B.mean()),
             "rollout/truncated": 1.0 - float(done_B.mean()),
+            "rollout/rounds": len(rounds),
             "tokens/generated": int(tokens_B.sum()),
             "curriculum/single_domain": float(single),
         }
         shown |= {name: float(value) for name, value in update.items()}
         for d, name in enumerate(self.names):
-            rows = valid_B & (rollout.domain_B == d)
+            rows = valid_B & (domain_B == d)
             shown[f"pass_rate/{name}"] = mean(grades.grade_B[rows] >= 3)
-            shown |= {f"triage/{key}/{name}": value_D[d].item() for key, value_D in triage.items()}
+            shown |= {f"{key}/{name}": value_D[d].item() for key, value_D in triage.items()}
         return shown
 
 
@@ -173,48 +260,16 @@ def place(mesh: Mesh, x: np.ndarray) -> jax.Array:
     return jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))
 
 
-def prepare(config: AlgorithmConfig, logp_fn, num_domains: int, params, reference, rollout: Rollout, grades: Grades):
-    """From what was sampled and graded to what the gradient and the triage may see. Pure and jitted.
-
-    Returns:
-      (Batch, DomainStats). Rows without a valid grade have an empty mask and count in neither.
-    """
-    groups = (-1, config.group_size)
-    scored = (rollout.tokens_BT, rollout.loss_mask_BT)
-    logp_old_BT = score(config, logp_fn, params, *scored)
-    logp_ref_BT = logp_old_BT if config.kl_type == "none" else score(config, logp_fn, reference, *scored)
-    valid_PG = grades.valid_B.reshape(groups)
-    advantage_PG = grpo.group_advantage(grades.reward_B.reshape(groups), valid_PG, config.advantage)
-    learnt_B = grades.valid_B
-    if config.zero_variance == "drop":
-        learnt_B &= jnp.repeat(jnp.any(advantage_PG != 0, axis=1), config.group_size)
-    if config.kl_type == "reward":
-        # Its own centred term: inside the normalisation, a group whose replies are all right would have nothing but
-        # the penalty's noise to divide, and that noise would come out as large as any advantage.
-        penalty_B = grpo.kl_penalty(logp_old_BT, logp_ref_BT, rollout.loss_mask_BT, config.kl_estimator)
-        advantage_PG -= config.kl_coef * grpo.group_advantage(penalty_B.reshape(groups), valid_PG, "none")
-    mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
-    batch = Batch(
-        tokens_BT=rollout.tokens_BT,
-        loss_mask_BT=mask_BT,
-        logp_beh_BT=rollout.logp_BT,
-        logp_old_BT=logp_old_BT,
-        logp_ref_BT=logp_ref_BT,
-        advantage_BT=jnp.where(mask_BT, advantage_PG.reshape(-1, 1), 0.0),
-        kl_coef_B=jnp.full(learnt_B.shape, config.kl_coef if config.kl_type == "loss" else 0.0, jnp.float32),
-        lr_scale_B=jnp.ones(learnt_B.shape, jnp.float32),
-    )
-    domain_P = rollout.domain_B.reshape(groups)[:, 0]
-    stats = statistics(domain_P, grades.grade_B.reshape(groups), grades.reward_B.reshape(groups), valid_PG, num_domains)
-    return batch, stats
+# Of the module, not of a trainer: a second run in this process with the same static settings compiles nothing.
+_prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
+_train_step = jax.jit(grpo.train_step, static_argnums=(0, 1), donate_argnums=2)
+_tally = jax.jit(batch.tally, static_argnums=(0, 1))
 
 
-def score(config: AlgorithmConfig, logp_fn, params, tokens_BT, mask_BT) -> jax.Array:
-    """logp_BT of the sampled tokens, float32, micro-batch by micro-batch."""
-    parts = grpo.microbatches((tokens_BT, mask_BT), config.microbatches, config.group_size)
-    logp = jax.lax.map(lambda part: logp_fn(params, *part)[0], parts)
-    groups = logp.reshape(config.microbatches, -1, config.group_size, tokens_BT.shape[1])
-    return jnp.swapaxes(groups, 0, 1).reshape(tokens_BT.shape)
+@jax.jit
+def _take_rows(a: Rollout, b: Rollout, row_B: np.ndarray) -> Rollout:
+    """Rows of both, those of `b` numbered after those of `a`."""
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[row_B], a, b)
 
 
 def abstract_train_state(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh) -> TrainState:

@@ -56,6 +56,5 @@ class RunState(NamedTuple):
 
     train: TrainState
     curriculum: Any  # TriageState
-    cursor_D: jax.Array  # i32, next position in each domain's shuffled training rows
-    epoch_D: jax.Array  # i32, how often each domain's training rows were gone through
+    position: Any  # in the training data: prompts.Cursors, or PromptState where curriculum.level is prompt
     tokens: np.ndarray  # i64[], generated for training so far

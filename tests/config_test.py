@@ -82,7 +82,10 @@ def test_a_batch_that_the_mesh_does_not_divide():
         ("run: {steps: [1]}", ["run.steps=[1]", "whole number"]),
         ("run: 3", ["run"]),
         ("domains: [{name: a, train: x, test: y, rubric: z}]", ["domains[0].rubric='z'", "leave rubric out"]),
-        ("domains: [{name: a, train: x, test: y, arrives: 9}]", ["arrives at step 9", "to 0"]),
+        ("domains: [{name: a, train: x, test: y, arrives: 9}]", ["none can be trained on at step 0", "arrives: 0"]),
+        ("domains: [{name: a, train: x, test: y, retires: 9}]", ["none can be trained on at step 9"]),
+        ("curriculum: {difficulty: adaptive}", ["curriculum.difficulty=adaptive", "difficulty=1..4"]),
+        ("curriculum: {prompt: {unseen: 2.0}}", ["curriculum.prompt.unseen=2.0", "plain first epoch"]),
         ("run: {steps: 1", ["mine.yaml"]),
     ],
 )

@@ -1,5 +1,6 @@
 """Reading, checking and ordering of domains. Every malformed file names its line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from curriculum.domains import DomainConfig, check, load, shuffled
+from curriculum.domains import DomainConfig, check, first_gap, level_ends, load, shuffled
 from curriculum.sources import GENERATORS, read
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +154,8 @@ FINE = DomainConfig("a", train="gen:copy", test="gen:copy,split=test")
         ({"weight": 0.0}, "domains[1].weight=0.0: must be above 0; for share 0 set eval_only: true"),
         ({"weight": float("nan")}, "domains[1].weight=nan: must be above 0"),
         ({"arrives": -1}, "domains[1].arrives=-1: must be a step, 0 or more"),
+        ({"arrives": 5, "retires": 4}, "domains[1].retires=4: must be a step from arrives=5 on, or left out"),
+        ({"retires": 2**31 - 1}, "domains[1].retires=2147483647: must be a step"),
         (
             {"test": "gen:sort,split=test"},
             "domains[1].environment='eq': the rows of gen:sort,split=test are made for list",
@@ -174,6 +177,46 @@ def test_load(tmp_path):
     assert [domain.name for domain in domains] == ["a", "b", "c"] and [domain.config for domain in domains] == configs
     assert [len(domain.train_rows) for domain in domains] == [2000, 0, 1]
     assert [len(domain.test_rows) for domain in domains] == [256, 1, 1]
+
+
+def test_levels_are_kept_apart_where_difficulty_adapts(tmp_path):
+    write(tmp_path, "a.json", json.dumps([ROW]))
+    ranged = DomainConfig(
+        "a", train="gen:sort,difficulty=2..4,size=9", test="gen:sort,split=test,size=5", environment="list"
+    )
+    configs = [
+        ranged,
+        DomainConfig("b", train="a.json", test="a.json"),
+        DomainConfig("c", test="a.json", eval_only=True),
+    ]
+    fixed, adaptive = load(configs, tmp_path), load(configs, tmp_path, adaptive=True)
+    assert [{k: len(rows) for k, rows in d.train_levels.items()} for d in adaptive] == [
+        {2: 9, 3: 9, 4: 9},
+        {1: 1},
+        {1: 0},
+    ]
+    assert [{k: len(rows) for k, rows in d.train_levels.items()} for d in fixed] == [{2: 27}, {1: 1}, {1: 0}]
+    assert [d.test_rows for d in fixed] == [d.test_rows for d in adaptive]  # what is measured stays
+    assert sorted(map(json.dumps, fixed[0].train_rows)) == sorted(map(json.dumps, adaptive[0].train_rows))
+    assert [level_ends(config) for config in configs] == [(2, 4), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    "spans,gap",
+    [
+        ([(0, None)], None),
+        ([(0, 4), (4, None)], None),
+        ([(0, 4), (2, 9)], 9),
+        ([(3, None), (0, 2)], 2),
+        ([(1, None)], 0),
+        ([(0, 9), (2, 4), (5, 6)], 9),
+        ([(0, 0), (0, 3)], 3),
+    ],
+)
+def test_the_first_step_without_a_domain_to_train_on(spans, gap):
+    configs = [dataclasses.replace(FINE, name=str(i), arrives=a, retires=r) for i, (a, r) in enumerate(spans)]
+    check(configs)
+    assert first_gap([*configs, DomainConfig("seen", test="a.json", eval_only=True)]) == gap
 
 
 @pytest.mark.parametrize("group", ["tiny", "bench12"])

@@ -14,7 +14,8 @@ from curriculum import code_tasks, generators
 from curriculum.bench import TOOLS
 from curriculum.few_shot import WORDS
 from curriculum.generators import TINY
-from curriculum.sources import GENERATORS, read
+from curriculum.sources import GENERATORS, read, read_levels
+from curriculum.sources import levels as levels_of
 from rubric.verify import GRADERS
 
 BENCH12 = (
@@ -143,6 +144,25 @@ def test_seeds_decide_the_rows(name):
     assert sample(name, 1) == sample(name, 1)
     assert [row["key"] for row in sample(name, 1)] != [row["key"] for row in sample(name, 1, seed=1)]
     assert sample(name, 2, size=40)[:20] == sample(name, 2, size=20)
+
+
+def test_a_range_mixes_its_levels_evenly_and_keeps_them_apart_on_request():
+    source = "gen:sort,difficulty=2..4,size=30"
+    by_level = read_levels(source)
+    assert list(by_level) == [2, 3, 4] and levels_of(source) == (2, 4) and levels_of("gen:sort,difficulty=3") == (3, 3)
+    for level, found in by_level.items():
+        assert found == read(f"gen:sort,difficulty={level},size=30")
+        assert all(len(numbers(question(row))) == level + 2 for row in found)
+    mixed = read(source)
+    assert [len(numbers(question(row))) - 2 for row in mixed] == [2, 3, 4] * 30
+    assert sorted(map(json.dumps, mixed)) == sorted(json.dumps(row) for found in by_level.values() for row in found)
+
+
+def test_an_instance_of_two_levels_comes_once_and_sides_stay_apart():
+    """Sums of numbers below 10 are also sums of numbers below 100."""
+    train, test = (read(f"gen:add,difficulty=1..2,split={split},size=2000") for split in ("train", "test"))
+    keys = [row["key"] for row in train]
+    assert len(set(keys)) == len(keys) and not set(keys) & {row["key"] for row in test}
 
 
 def test_small_spaces_are_halved():
@@ -295,6 +315,9 @@ def test_python_tests_grader_takes_the_reference_and_refuses_another():
         ("gen:reverse,dificulty=2", "unknown parameter 'dificulty=2'; known: difficulty, split, size, seed"),
         ("gen:reverse,difficulty=15", "difficulty='15'; expected a whole number from 1 to 14"),
         ("gen:reverse,difficulty=two", "difficulty='two'; expected a whole number from 1 to 14"),
+        ("gen:reverse,difficulty=3..1", "difficulty='3..1'; the easier level comes first: 1..3"),
+        ("gen:reverse,difficulty=1..15", "difficulty='15'; expected a whole number from 1 to 14"),
+        ("gen:reverse,difficulty=1..2..3", "difficulty='1..2..3'; expected a level, 2, or a range, 1..4"),
         ("gen:reverse,size=0", "size='0'; expected a whole number from 1 to 1000000"),
         ("gen:reverse,split=dev", "split='dev'; expected train or test"),
     ],

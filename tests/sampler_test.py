@@ -1,5 +1,5 @@
+import dataclasses
 import functools
-import importlib.resources
 from typing import NamedTuple
 
 import jax
@@ -9,45 +9,35 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from curriculum.sampler import TriageSampler, floor_project, place, systematic
-from curriculum.triage import DomainStats, TriageConfig, TriageState, TriageStateManager
+from configs.cli import compose_config
+from curriculum import policies, triage
+from curriculum.config import ReservedConfig
+from curriculum.sampler import floor_project, place, reserve, systematic
+from curriculum.triage import DomainStats, TriageState, roster
 
 D, P = 7, 16
 SETTINGS = settings(deadline=None, max_examples=60)
+CONFIG = compose_config("config", None, ["curriculum=faithful"]).curriculum
+init = jax.jit(functools.partial(triage.init, CONFIG))
 
 
 @functools.cache
-def config(**changes) -> TriageConfig:
-    numbers = OmegaConf.to_container(OmegaConf.load(importlib.resources.files("configs") / "curriculum/faithful.yaml"))
-    del numbers["policy"]
-    return TriageConfig(**numbers | {"capacity": tuple(numbers["capacity"])} | changes)
-
-
-@functools.cache
-def shares(**changes):
-    return jax.jit(TriageSampler(config(**changes)).probabilities)
+def policy(**changes) -> policies.Policy:
+    return policies.build(dataclasses.replace(CONFIG, **changes))
 
 
 @functools.cache
 def drawing(num_prompts=P, **changes):
-    sampler = TriageSampler(config(**changes))
-    return jax.jit(lambda state: sampler.draw(state, num_prompts))
+    return jax.jit(functools.partial(policy(**changes).draw, num_prompts=num_prompts))
 
 
-FAITHFUL = TriageSampler(config())
-manager = TriageStateManager(config())
-update = jax.jit(manager.update)
-
-
-init = jax.jit(manager.init)
+update = jax.jit(policy().update)
 
 
 def fresh(num_domains=D, seed=0, **leaves) -> TriageState:
     """The state before step 0 with some leaves set; lists shorter than D leave the last domains inactive."""
-    ones, zeros = np.ones(num_domains, np.float32), np.zeros(num_domains, np.int32)
-    state = jax.device_get(init(seed, ones, ones > 0, ones < 0, zeros))
+    state = jax.device_get(init(seed, roster(num_domains)))
     for name, value in leaves.items():
         value = np.asarray(value, getattr(state, name).dtype)
         if 0 < value.ndim and len(value) < num_domains and name != "key_data":
@@ -55,45 +45,6 @@ def fresh(num_domains=D, seed=0, **leaves) -> TriageState:
             value = np.pad(value, (0, num_domains - len(value)))
         state = state._replace(**{name: value})
     return state
-
-
-BLANK = fresh()
-
-
-@st.composite
-def states(draw) -> TriageState:
-    """Any state: bands, ages, variances, weights spanning e^6, arrivals, rests, closed domains."""
-
-    def each(values):
-        return np.array(draw(st.lists(values, min_size=D, max_size=D)))
-
-    step = draw(st.integers(0, 300))
-    tried = np.minimum(each(st.integers(-1, 299)), step - 1)
-    leaves = dict(
-        step=step,
-        key_data=draw(st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2)),
-        performance_band=each(st.integers(0, 2)),
-        last_seen_step=np.minimum(tried, each(st.integers(-1, 299))),
-        last_tried_step=tried,
-        failures=each(st.sampled_from([0, 0, 0, 1, 2, 9])),
-        grade_uncertainty=each(st.floats(0, 2.25)),
-        base_log_w=each(st.floats(-3, 3)),
-        boost=each(st.floats(0, 1.5)),
-        active=each(st.sampled_from([True, True, True, False])),
-        arrives=each(st.sampled_from([0, 0, 0, 50, 400])),
-    )
-    leaves["active"][draw(st.integers(0, D - 1))] = True
-    return BLANK._replace(**{name: np.asarray(value, getattr(BLANK, name).dtype) for name, value in leaves.items()})
-
-
-def can_draw(state) -> np.ndarray:
-    """The rule for who may get prompts, written once more in numpy."""
-    here = state.active & (state.arrives <= state.step)
-    rested = [
-        state.step - 1 - tried >= min(2 ** int(f) - 1, 32) for tried, f in zip(state.last_tried_step, state.failures)
-    ]
-    ready = here & np.array(rested)
-    return ready if ready.any() else here if here.any() else state.active
 
 
 def floored(q, floor) -> np.ndarray:
@@ -104,84 +55,6 @@ def floored(q, floor) -> np.ndarray:
         scale = (1 - floor[rest].sum()) / q[top].sum()
         if np.all(scale * q[top] >= floor[top] * (1 - 1e-12)):
             return np.maximum(floor, scale * q)
-
-
-def shares_by_loop(c: TriageConfig, state) -> np.ndarray:
-    """The module's formula in float64, a domain at a time."""
-    can = can_draw(state)
-    h, w = np.zeros(D), np.exp(np.float64(state.base_log_w))
-    for i in range(D):
-        last = max(state.last_seen_step[i], state.last_tried_step[i])
-        waited = max(state.step - max(last, state.arrives[i] - 1) - 1, 0)
-        stale = 1 if last < 0 else 1 - np.exp(-waited / c.staleness_steps)
-        h[i] = c.staleness_weight * stale + c.uncertainty_weight * np.float64(state.grade_uncertainty[i]) / 2.25
-    z = np.zeros(D)
-    for i in range(D):
-        band = [j for j in range(D) if can[j] and state.performance_band[j] == state.performance_band[i]]
-        claim = sum(w[j] * (np.exp(h[j]) if c.strict else 1) for j in band) or 1
-        z[i] = np.log(c.capacity[state.performance_band[i]] / claim**c.eta) + h[i] + np.log(w[i]) + state.boost[i]
-    q = np.exp(z[can] / c.temperature)
-    p = np.zeros(D)
-    p[can] = floored(q / q.sum(), np.full(can.sum(), c.epsilon / can.sum()))
-    return p
-
-
-VARIANTS = [{}, {"strict": True}, {"eta": 0.5, "temperature": 2.0, "uncertainty_weight": 3.0}, {"epsilon": 0.5}]
-
-
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
-@given(state=states())
-@SETTINGS
-def test_shares_follow_the_formula_and_the_floor(changes, state):
-    c, p, can = config(**changes), np.asarray(shares(**changes)(state)), can_draw(state)
-    np.testing.assert_allclose(p, shares_by_loop(c, state), atol=1e-5)
-    np.testing.assert_allclose(p.sum(), 1, atol=1e-6)
-    assert np.all(p[can] >= np.float32(c.epsilon / can.sum()) * (1 - 1e-6)) and np.all(p[~can] == 0)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@given(state=states(), level=st.floats(0, 2.25))
-@SETTINGS
-def test_bands_get_exactly_their_capacity(strict, state, level):
-    """Claim 1: for equal staleness and uncertainty, or for any if strict; any weights, any number of members."""
-    can = can_draw(state)
-    if not strict:
-        state = state._replace(last_seen_step=np.full(D, -1, np.int32), last_tried_step=np.full(D, -1, np.int32))
-        state = state._replace(grade_uncertainty=np.full(D, level, np.float32), failures=np.zeros(D, np.int32))
-        can = can_draw(state)
-    state = state._replace(boost=np.zeros(D, np.float32))
-    p = np.asarray(shares(strict=strict, epsilon=0.0)(state), np.float64)
-    capacity = np.array([0.6, 0.3, 0.1])
-    filled = np.array([np.any(can & (state.performance_band == band)) for band in range(3)])
-    for band in range(3):
-        expected = filled[band] * capacity[band] / capacity[filled].sum()
-        np.testing.assert_allclose(p[state.performance_band == band].sum(), expected, atol=1e-5)
-
-
-def test_shares_worked_by_hand():
-    p = shares()
-
-    def check(expected, atol=1e-6, **leaves):
-        np.testing.assert_allclose(p(fresh(**leaves)), np.pad(expected, (0, D - len(expected))), atol=atol)
-
-    check([0.6, 0.15, 0.15, 1 / 30, 1 / 30, 1 / 30], performance_band=[0, 1, 1, 2, 2, 2])
-    check([2 / 7, 2 / 7, 2 / 7, 1 / 14, 1 / 14], performance_band=[0, 0, 0, 2, 2])  # no medium domain
-    check([6 / 7] + [1 / 42] * 6, performance_band=[0] + [2] * 6)
-    check([0.75, 0.25], base_log_w=np.log([3.0, 1.0]))
-    # one of two waited 20 steps: 1 / (1 + e^-(1 - 1/e)); was never tried: e / (1 + e)
-    check([0.652970, 0.347030], 1e-5, step=50, last_seen_step=[29, 49], last_tried_step=[29, 49])
-    check([0.731059, 0.268941], 1e-5, step=50, last_seen_step=[-1, 49], last_tried_step=[-1, 49])
-    check([0.731059, 0.268941], 1e-5, grade_uncertainty=[2.25, 0])
-
-
-def test_the_terms_add_up_to_the_priority():
-    state = fresh(performance_band=[0, 0, 1, 1, 1, 2, 2], boost=[0, 1, 0, 0, 0, 0, 0], base_log_w=np.arange(D) / 4)
-    terms = jax.jit(FAITHFUL.priorities)(state)
-    np.testing.assert_allclose(terms.total_D, sum(terms[1:]), atol=1e-6)
-    np.testing.assert_allclose(terms.staleness_D, [1] * D)
-    np.testing.assert_allclose(terms.uncertainty_D, [0.25] * D)
-    np.testing.assert_allclose(terms.base_D, np.arange(D) / 4 + np.eye(D)[1])
-    np.testing.assert_allclose(terms.band_D[0], np.log(0.6 / (1 + np.exp(0.25))), atol=1e-6)
 
 
 project = jax.jit(floor_project)
@@ -205,34 +78,6 @@ def test_floor_projection_solves_its_equation(seed, concentration, total):
     p = np.asarray(project(q, floor))
     np.testing.assert_allclose(p, floored(np.float64(q), np.float64(floor)), atol=3e-6)
     assert np.all(np.diff(p[np.argsort(q)]) >= 0) and np.all(p >= floor)
-
-
-@given(states(), st.permutations(range(D)))
-@SETTINGS
-def test_shares_do_not_depend_on_the_order_of_domains(state, order):
-    order = np.array(order)
-    moved = state._replace(**{k: v[order] for k, v in state._asdict().items() if v.shape == (D,)})
-    np.testing.assert_allclose(shares()(moved), np.asarray(shares()(state))[order], atol=2e-6)
-
-
-@given(states(), st.integers(0, D - 1), st.floats(0, 2.25))
-@SETTINGS
-def test_waiting_and_uncertainty_never_cost_share(state, i, more):
-    before = np.asarray(shares()(state))[i]
-    earlier = np.minimum(state.last_tried_step, np.where(np.arange(D) == i, state.step - 40, state.step))
-    waited = state._replace(last_tried_step=earlier, last_seen_step=np.minimum(state.last_seen_step, earlier))
-    if state.failures[i] == 0:  # else the wait also ends the rest
-        assert np.asarray(shares()(waited))[i] >= before - 1e-6
-    variance = np.array(state.grade_uncertainty)
-    variance[i] = max(variance[i], more)
-    assert np.asarray(shares()(state._replace(grade_uncertainty=variance)))[i] >= before - 1e-6
-
-
-@given(states(), st.floats(-20, 20))
-@SETTINGS
-def test_a_constant_on_all_priorities_changes_nothing(state, constant):
-    shifted = state._replace(boost=state.boost + np.float32(constant))
-    np.testing.assert_allclose(shares()(shifted), shares()(state), atol=1e-5)
 
 
 @pytest.mark.parametrize("num_prompts", [1, 4, 9])
@@ -301,19 +146,20 @@ class Log(NamedTuple):
     state: TriageState
 
 
-def simulate(state, down=0, sampler=FAITHFUL, num_prompts=P) -> Log:
+def simulate(state, down=0, num_prompts=P, **changes) -> Log:
     """260 steps of draw and update in one scan; pass rates stay, domain 0 is graded from step `down` on only."""
-    return jax.device_get(_simulate(state, down, sampler, num_prompts))
+    return jax.device_get(_simulate(state, down, policy(**changes), num_prompts))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _simulate(state, down, sampler, num_prompts):
+def _simulate(state, down, chosen, num_prompts):
 
     def one(state, _):
-        draw = sampler.draw(state, num_prompts)
+        draw = chosen.draw(state, num_prompts)
         tried = draw.counts_D.astype(jnp.float32)
         n = tried * ~((jnp.arange(tried.size) == 0) & (state.step < down))
-        after = manager.update(state, DomainStats(n, n * state.acc_ema, 5 * n, 14.5 * n, 2 * n, 0 * n, n / 2, tried))
+        rows = (n, n * state.acc_ema, 5 * n, 14.5 * n, 2 * n, 0 * n, n / 2, tried, n * state.acc_ema**2, tried, n)
+        after = chosen.update(state, DomainStats(*rows))
         return after, Log(draw.counts_D, draw.single, draw.p_D, after)
 
     return jax.lax.scan(one, state, None, length=260)[1]
@@ -348,7 +194,7 @@ def test_a_domain_of_tiny_share_is_drawn_in_the_end():
 def test_a_grader_that_is_down_does_not_hold_the_batch(cap, least, most):
     """Five domains, the first the only low one; its grader fails for 200 steps, then answers again."""
     state = fresh(performance_band=[0, 1, 1, 1, 1], acc_ema=[0.1, 0.5, 0.5, 0.5, 0.5])
-    log = simulate(state, 200, TriageSampler(config(backoff_cap=cap)))
+    log = simulate(state, 200, backoff_cap=cap)
     assert least < log.counts_D[:200, 0].sum() / (200 * P) < most
     back = int(np.flatnonzero(log.state.visits[:, 0])[0])
     assert back <= 200 + 32  # the longest rest
@@ -361,7 +207,19 @@ def advance(state, draw):
     n = np.asarray(draw.counts_D, np.float32)
     share = 0.5 + 0.4 * np.sin(np.arange(D) + np.asarray(draw.domain_P)[0])
     grade = 1 + 3 * share
-    rows = (n, n * share, 4 * n * grade, 4 * n * (grade**2 + 0.2), 4 * n, n * 0.1, n * 0.3, n)
+    rows = (
+        n,
+        n * share,
+        4 * n * grade,
+        4 * n * (grade**2 + 0.2),
+        4 * n,
+        n * 0.1,
+        n * 0.3,
+        n,
+        n * share**2,
+        9 * n,
+        n * 0.8,
+    )
     return update(state, DomainStats(*(np.asarray(row, np.float32) for row in rows)))
 
 
@@ -393,9 +251,8 @@ def test_changing_values_compile_once():
 
     def step(state):
         traces.append(None)
-        draw = FAITHFUL.draw(state, P)
-        n = draw.counts_D.astype(jnp.float32)
-        return manager.update(state, DomainStats(n, n, 4 * n, 16 * n, n, n, n, n))
+        n = policy().draw(state, P).counts_D.astype(jnp.float32)
+        return policy().update(state, DomainStats(n, n, 4 * n, 16 * n, n, n, n, n, n, n, n))
 
     step_jit, state = jax.jit(step), jax.tree.map(jnp.asarray, fresh())
     changes = {"boost": np.ones(D), "base_log_w": np.arange(D), "active": np.arange(D) != 2, "key_data": [1, 2]}
@@ -429,3 +286,59 @@ def test_edges_stay_finite(name):
     assert np.all(log.counts_D.sum(1) == num_prompts)
     if name.startswith("one a"):
         assert log.counts_D[:, 3].sum() == 260 * num_prompts
+
+
+RESERVED = ReservedConfig(share=0.25, rounds=4.0, steps=50.0)
+
+
+def reserved(num_prompts, state, p):
+    return np.asarray(reserve(RESERVED, state, np.float32(p), state.active, num_prompts))
+
+
+def test_slots_are_reserved_for_the_longest_waiting():
+    """D = 7 and P = 16: a gap of over 4 x 7/16 + 50 = 51.75 steps is too long; 4 slots."""
+    p = np.array([0.9, 0.04, 0.02, 0.01, 0.01, 0.01, 0.01])
+    step = 1000
+    tried = step - 1 - np.array([0, 51, 52, 60, 80, 70, 90])  # waited so many whole steps
+    state = fresh(step=step, last_seen_step=tried, last_tried_step=tried)
+    got = reserved(16, state, p)
+    np.testing.assert_allclose(got[3:], 1 / 16, rtol=1e-4)  # the four longest of five
+    np.testing.assert_allclose(got[:3], p[:3] * 0.75 / 0.96, rtol=1e-4)
+    new = state._replace(last_seen_step=np.r_[tried[:2], -1, tried[3:]].astype(np.int32))
+    new = new._replace(last_tried_step=new.last_seen_step)
+    assert reserved(16, new, p)[2] > 1 / 16 > reserved(16, new, p)[3]  # never tried comes before any wait
+    np.testing.assert_array_equal(reserved(16, fresh(step=1, last_tried_step=[0] * 7), np.float32(p)), np.float32(p))
+
+
+def test_before_any_try_the_whole_batch_is_reserved_and_a_reserved_slot_is_a_prompt_for_certain():
+    p = np.array([0.97, 0.005, 0.005, 0.005, 0.005, 0.005, 0.005])
+    draw = jax.jit(lambda key, p: systematic(key, p, 16))
+    for state, least in ((fresh(), 7), (fresh(step=1, last_tried_step=[0] + [-1] * 6), 5)):
+        shares = reserved(16, state, p)
+        np.testing.assert_allclose(shares.sum(), 1, atol=1e-5)
+        for seed in range(50):
+            counts = np.bincount(draw(jax.random.key(seed), shares), minlength=D)
+            assert np.all(counts[shares >= 1 / 16] >= 1) and np.sum(counts > 0) >= least
+    assert reserved(4, fresh(), p)[1:].max() > 0.25  # fewer slots than domains: one prompt stays free
+    assert np.sum(reserved(4, fresh(), p) > 0.25) == 3
+
+
+def test_with_reserved_slots_no_gap_exceeds_the_bound_by_much():
+    """Seven domains, two prompts a step, six of share about 0.3 %: the floor alone leaves gaps of hundreds of steps."""
+    leaves = dict(performance_band=[0] + [2] * 6, acc_ema=[0.1] + [0.9] * 6, base_log_w=[0] + [-3.0] * 6)
+    changes = dict(single_every=0, staleness_weight=0.0, eta=0.0)
+    gaps = {}
+    for share in (0.0, 0.5):
+        log = simulate(fresh(**leaves), num_prompts=2, **changes, reserved=dataclasses.replace(RESERVED, share=share))
+        drawn = log.counts_D[:, 1:] > 0
+        gaps[share] = max(np.diff(np.flatnonzero(column), prepend=-1, append=260).max() for column in drawn.T)
+    assert gaps[0.5] <= 4 * 7 / 2 + 50 + 1 + 6 < gaps[0.0]  # six may come due together and take turns
+
+
+def test_the_single_domain_may_be_drawn_by_share():
+    band = [1, 0, 1, 2, 2, 2, 2]
+    draws = [drawing(single_rule="sampled")(fresh(step=9, seed=seed, performance_band=band)) for seed in range(80)]
+    assert all(draw.counts_D.max() == P and draw.single for draw in draws)
+    chosen = np.bincount([int(draw.domain_P[0]) for draw in draws], minlength=D) / 80
+    np.testing.assert_allclose(chosen, draws[0].p_D, atol=0.2)
+    assert 0 < chosen[1] < 1

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from infinite_jax.statistics import Estimate, cluster_mean, macro_average, paired_difference, wilson
+from infinite_jax.statistics import (
+    Estimate,
+    cluster_mean,
+    macro_average,
+    paired,
+    paired_difference,
+    why_not_paired,
+    wilson,
+)
 
 NAN = np.nan
 
@@ -166,3 +174,49 @@ def test_coverage():
 def one_domain_flat(rng):
     rate_N = rng.beta(0.5, 1.5, size=64)
     return (rng.random((64, 8)) < rate_N[:, None]).astype(float).reshape(-1, 1)
+
+
+def test_paired_seeds_by_hand():
+    """a - b = .02, .04, .06: mean .04, s = .02, half-width t_2 s / sqrt 3 = 4.302653 * .02 / 1.7320508 = .0496828.
+
+    In per cent of b: 10, 10, 20: mean 13.3333, s = 5.773503, half-width 4.302653 * 5.773503 / 1.7320508 = 14.342177.
+    At 50 % t_2 = .8164966: half-width .8164966 * 5.773503 / 1.7320508 = 2.721655.
+    """
+    a, b = [0.22, 0.44, 0.36], [0.20, 0.40, 0.30]
+    close(paired(a, b), 0.04, 0.04 - 0.0496828, 0.04 + 0.0496828, digits=6)
+    close(paired(b, a), -0.04, -0.04 - 0.0496828, -0.04 + 0.0496828, digits=6)
+    close(paired(a, b, relative=True), 40 / 3, 40 / 3 - 14.342177, 40 / 3 + 14.342177, digits=5)
+    close(paired(a, b, True, 0.5), 40 / 3, 40 / 3 - 2.721655, 40 / 3 + 2.721655, digits=5)
+
+
+def test_what_seeds_share_does_not_widen_their_difference():
+    seeds = np.random.default_rng(0).normal(size=12)
+    close(paired(seeds + 0.5, seeds), 0.5, 0.5, 0.5, digits=12)
+
+
+def test_paired_leaves_a_seed_out_on_both_sides():
+    a, b = [0.22, None, 0.44, 0.36, 0.9], [0.20, 0.1, 0.40, 0.30, NAN]
+    assert paired(a, b) == paired([0.22, 0.44, 0.36], [0.20, 0.40, 0.30])
+
+
+def test_paired_says_why_it_is_undefined():
+    assert paired([], []) is None and why_not_paired([], []).startswith("0 of 0 seeds")
+    few = ([0.1, None, 0.3], [NAN, 0.2, 0.2])
+    assert paired(*few) is None and why_not_paired(*few).startswith("1 of 3 seeds")
+    dead = ([0.1, 0.2], [0.0, 0.2])  # x per cent more than nothing
+    assert paired(*dead) is not None and paired(*dead, relative=True) is None
+    assert "baseline is 0 in one seed" in why_not_paired(*dead, relative=True)
+    assert paired([0.1, 0.2], [-0.1, 0.2], relative=True) is None  # a negative BWT
+    assert why_not_paired([0.1, 0.2], [0.1, 0.2], relative=True) == ""
+    with pytest.raises(ValueError, match="2 and 1 seeds: run both arms on the same"):
+        paired([0.1, 0.2], [0.1])
+
+
+def test_coverage_of_paired_seeds():
+    """Six seeds, differences of mean .1: over 4000 rounds three standard errors of a true 95 % are one point."""
+
+    def six(rng):
+        b = rng.normal(size=6)
+        return paired(b + rng.normal(0.1, 0.3, size=6), b)
+
+    assert 0.94 < covered(4000, 3, six, 0.1) < 0.96

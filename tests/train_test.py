@@ -74,6 +74,8 @@ def final_state(folder: Path):
 
 def assert_equal_runs(a: Path, b: Path) -> None:
     assert timeless(a) == timeless(b)
+    for name in (record.EVENTS, record.TRANSCRIPTS):
+        assert record.read(a / name) == record.read(b / name)
     for x, y in zip(jax.tree.leaves(final_state(a)), jax.tree.leaves(final_state(b)), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -90,6 +92,11 @@ def test_a_run_writes_what_it_promises(straight):
     assert "eval/pass_rate/seen" in rows[-1]
     assert [row["curriculum/single_domain"] for row in rows[1:]] == [0, 0, 1, 0, 0, 1]
     assert all(abs(sum(row[f"triage/share/{n}"] for n in ("copy", "seen", "add")) - 1) < 1e-5 for row in rows[1:])
+    assert [row["step"] for row in rows if "canary/kl" in row] == [0, 2, 4, 6]
+    assert rows[0]["canary/kl"] == 0 and rows[6]["canary/kl"] > 0 and rows[2]["forgetting/add"] is None
+    rates = [rows[step]["eval/pass_rate/add"] for step in (2, 4, 6)]
+    assert rows[6]["forgetting/add"] == max(rates[:2]) - rates[2]
+    assert {row["step"] for row in record.read(straight / record.TRANSCRIPTS)} == {1, 3, 5}
     assert (straight / "config.yaml").is_file() and list((straight / "tb").iterdir())
     assert "NaN" not in (straight / "metrics.jsonl").read_text()
 
@@ -290,7 +297,7 @@ def test_changed_data_and_a_foreign_tokenizer_are_refused(setting, tmp_path, cap
     data.write_text(json.dumps(row | {"answer": "b"}) + "\n")
     with pytest.raises(SystemExit):
         resume.main([str(folder), "run.steps=2"])
-    assert "the data has changed" in capsys.readouterr().err
+    assert "the data of domain copy has changed" in capsys.readouterr().err
     model = tmp_path / "model"
     config = from_hf(
         LlamaConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
@@ -324,7 +331,9 @@ def test_every_verb_answers_help(verb, capsys):
 
 
 def test_rows_of_the_record_survive_a_cut_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+    path, events = tmp_path / "metrics.jsonl", tmp_path / "events.jsonl"
+    events.write_text('{"step": 1, "kind": "drift"}\n{"step": 2, "kind": "drift"}\n')
     path.write_text('{"step": 0, "a": 1}\n{"step": 1, "eval/macro": 2, "b": 3}\n{"step": 2}\n{"step": 3, "a"')
-    record.truncate_after(path, 1, eval_every=2)
+    record.truncate_after(tmp_path, 1, eval_every=2)
+    assert record.read(events) == [{"step": 1, "kind": "drift"}]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 0, "a": 1}, {"step": 1, "b": 3}]

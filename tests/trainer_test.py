@@ -1,6 +1,7 @@
 """What passes from graded samples to the gradient and the triage, and the random streams of a run."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.cli import compose_config
-from infinite_jax import grpo, trainer
+from infinite_jax import batch, grpo, trainer
 from infinite_jax.prompts import Prompt, Stream, pad
 from infinite_jax.types import Rollout
 from rubric.evaluator import Grades
@@ -39,55 +40,127 @@ def logp_fn(params, tokens_BT, mask_BT):
 
 
 def prepared(**changes):
-    config = dataclasses.replace(CONFIG, **changes)
-    return trainer.prepare(config, logp_fn, 4, jnp.float32(0.1), jnp.float32(0.2), ROLLOUT, GRADES)
+    config, parameters = dataclasses.replace(CONFIG, **changes), (jnp.float32(0.1), jnp.float32(0.2))
+    return batch.prepare(config, logp_fn, *parameters, ROLLOUT, GRADES, jnp.array([1, 1, 0.5, 1]))
+
+
+STATS = batch.tally(2, 4, ROLLOUT.domain_B, GRADES, jnp.array([1.0, 2.0, 3.0, 4.0]))
 
 
 def test_rows_without_a_valid_grade_reach_neither_gradient_nor_triage():
-    batch, stats = prepared()
-    np.testing.assert_array_equal(batch.loss_mask_BT, MASK & GRADES.valid_B[:, None])
-    np.testing.assert_array_equal(stats.n_grades, [2, 0, 3, 0])
-    np.testing.assert_array_equal(stats.n_groups, [1, 0, 2, 0])
-    np.testing.assert_array_equal(stats.tried, [1, 1, 2, 0])
-    np.testing.assert_allclose(stats.pass_sum, [0.5, 0, 2, 0])  # the group with one valid row, a pass, counts as 1
+    np.testing.assert_array_equal(prepared().loss_mask_BT, MASK & GRADES.valid_B[:, None])
+    np.testing.assert_array_equal(STATS.n_grades, [2, 0, 3, 0])
+    np.testing.assert_array_equal(STATS.n_groups, [1, 0, 2, 0])
+    np.testing.assert_array_equal(STATS.tried, [1, 1, 2, 0])
+    np.testing.assert_allclose(STATS.pass_sum, [0.5, 0, 2, 0])  # the group with one valid row, a pass, counts as 1
+    np.testing.assert_allclose(STATS.cost_sum, [1, 4, 5, 0])
+
+
+def test_the_learning_rate_of_a_row_is_its_domains():
+    np.testing.assert_array_equal(prepared().lr_scale_B, [1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1])
 
 
 def test_advantages_are_of_the_group_and_stand_on_the_generated_tokens():
-    batch, _ = prepared()
+    made = prepared()
     expected = np.array([0.5, -0.5, 0, 0, 0, 0, 0, 0])[:, None] * MASK
-    np.testing.assert_allclose(batch.advantage_BT, expected)
+    np.testing.assert_allclose(made.advantage_BT, expected)
 
 
 def test_groups_without_a_difference_leave_the_denominator_only_when_dropped():
-    kept, dropped = prepared()[0].loss_mask_BT, prepared(zero_variance="drop")[0].loss_mask_BT
+    kept, dropped = prepared().loss_mask_BT, prepared(zero_variance="drop").loss_mask_BT
     assert kept[2:4].any() and not dropped[2:].any() and dropped[:2].any()
     np.testing.assert_array_equal(dropped[:2], MASK[:2])
 
 
 def test_scores_keep_the_row_order_through_micro_batches_and_name_the_right_parameters():
-    batch, _ = prepared(kl_type="loss", kl_coef=0.3)
+    made = prepared(kl_type="loss", kl_coef=0.3)
     tokens = np.arange(24).reshape(8, 3)
-    np.testing.assert_allclose(batch.logp_old_BT, np.where(MASK, -0.1 * tokens, 0), rtol=1e-6)
-    np.testing.assert_allclose(batch.logp_ref_BT, np.where(MASK, -0.2 * tokens, 0), rtol=1e-6)
-    np.testing.assert_allclose(batch.logp_beh_BT, ROLLOUT.logp_BT)
-    np.testing.assert_allclose(batch.kl_coef_B, 0.3)
+    np.testing.assert_allclose(made.logp_old_BT, np.where(MASK, -0.1 * tokens, 0), rtol=1e-6)
+    np.testing.assert_allclose(made.logp_ref_BT, np.where(MASK, -0.2 * tokens, 0), rtol=1e-6)
+    np.testing.assert_allclose(made.logp_beh_BT, ROLLOUT.logp_BT)
+    np.testing.assert_allclose(made.kl_coef_B, 0.3)
 
 
 def test_kl_in_the_reward_moves_the_advantage_and_not_the_triage():
-    batch, stats = prepared(kl_type="reward", kl_estimator="k1", kl_coef=0.1)
+    made = prepared(kl_type="reward", kl_estimator="k1", kl_coef=0.1)
     # k1 = logp - logp_ref = 0.1 x token; row 0 holds tokens 1, 2 and row 1 token 4: penalties .03 and .04
     rewards = np.array([1 - 0.1 * 0.3, 0 - 0.1 * 0.4])
-    np.testing.assert_allclose(batch.advantage_BT[0, 1], (rewards[0] - rewards[1]) / 2, rtol=1e-5)
-    np.testing.assert_allclose(batch.kl_coef_B, 0)
-    np.testing.assert_allclose(stats.abs_adv_sum[0], 0.5)
+    np.testing.assert_allclose(made.advantage_BT[0, 1], (rewards[0] - rewards[1]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(made.kl_coef_B, 0)
+    np.testing.assert_allclose(STATS.abs_adv_sum[0], 0.5)
 
 
 def test_kl_in_the_reward_is_not_blown_up_where_the_task_rewards_agree():
     """Rows 2 and 3: rewards equal, penalties 0.1 x (7 + 8) and 0.1 x (10 + 11), centred -.3 and .3, times coef 1e-3."""
     changes = dict(kl_type="reward", kl_estimator="k1", kl_coef=1e-3, advantage="std")
-    batch, _ = prepared(**changes)
-    np.testing.assert_allclose(batch.advantage_BT[2:4, 1], [3e-4, -3e-4], rtol=1e-4)
-    assert not prepared(zero_variance="drop", **changes)[0].loss_mask_BT[2:4].any()
+    made = prepared(**changes)
+    np.testing.assert_allclose(made.advantage_BT[2:4, 1], [3e-4, -3e-4], rtol=1e-4)
+    assert not prepared(zero_variance="drop", **changes).loss_mask_BT[2:4].any()
+
+
+class Scripted:
+    """A trainer's sampling with grades from a script, one list a round: 4 groups of 2, pass or fail."""
+
+    def __new__(cls, rounds: list[list[int]]):
+        self = object.__new__(trainer.InfiniteGRPOTrainer)
+        self.config, self.seed = dataclasses.replace(CONFIG, resample_rounds=3), 0
+        self.curriculum = types.SimpleNamespace(resample=True)
+        script = iter(rounds)
+
+        def take(domain_P, level_D, position):
+            return [Prompt({"round": position}, (1,), d) for d in domain_P], position + 1
+
+        def grade(chosen, replies):
+            passes = np.array(next(script), np.float32)
+            return Grades(1 + 3 * passes, passes, np.ones(8, bool))
+
+        def rollout(params, chosen, step, number):
+            return ROLLOUT._replace(tokens_BT=ROLLOUT.tokens_BT + 100 * number)
+
+        self.stream = types.SimpleNamespace(take=take, learn=lambda position, chosen, grades: position)
+        self.grade, self.rollout, self.read = grade, rollout, lambda rollout: [str(n) for n in range(8)]
+        return self
+
+
+def sample(rounds):
+    curriculum = types.SimpleNamespace(level=np.ones(3), step=5)
+    train = types.SimpleNamespace(params=None)
+    state = types.SimpleNamespace(train=train, curriculum=curriculum, position=0)
+    return Scripted(rounds).sample(state, np.array([0, 2, 2, 1]), trainer.Clock())
+
+
+def test_dynamic_sampling_replaces_groups_without_a_difference():
+    """Round 0: groups 1 and 3 differ. Round 1: group 2 does. Round 2: 0 and 1 do, of which one is needed."""
+    rounds, made, position = sample([[1, 1, 1, 0, 0, 0, 0, 1], [1, 1, 0, 0, 1, 0, 0, 0], [0, 1, 1, 0, 1, 1, 0, 0]])
+    assert len(rounds) == 3 and position == 3
+    np.testing.assert_array_equal(made.grades.grade_B, [4, 1, 4, 1, 1, 4, 1, 4])
+    assert [prompt.row["round"] for prompt in made.chosen] == [1, 0, 2, 0]
+    assert [prompt.domain for prompt in made.chosen] == [2, 2, 0, 1]
+    tokens = np.asarray(ROLLOUT.tokens_BT)
+    np.testing.assert_array_equal(made.rollout.tokens_BT[0:2], tokens[4:6] + 100)
+    np.testing.assert_array_equal(made.rollout.tokens_BT[4:6], tokens[0:2] + 200)
+    np.testing.assert_array_equal(made.rollout.domain_B, ROLLOUT.domain_B[[4, 5, 2, 3, 0, 1, 6, 7]])
+    np.testing.assert_array_equal(made.rollout.prompt_B, ROLLOUT.prompt_B)
+    assert made.replies == ["4", "5", "2", "3", "0", "1", "6", "7"]
+
+
+def test_dynamic_sampling_stops_when_every_group_differs():
+    rounds, made, position = sample([[1, 0, 1, 0, 0, 1, 0, 1]])
+    assert len(rounds) == 1 and position == 1 and made is rounds[0]
+
+
+@pytest.mark.parametrize("capacity, expected", [("prompts", [1, 1, 2, 0]), ("tokens", [3, 3, 8, 0])])
+def test_the_cost_of_a_domain_is_in_the_unit_of_capacity(capacity, expected):
+    """Tokens generated: 2 + 1, 2 + 2, 2 + 2, 1 + 2 for the groups of domains 0, 2, 2, 1."""
+    self = object.__new__(trainer.InfiniteGRPOTrainer)
+    self.config, self.names, self.capacity = CONFIG, list("abcd"), capacity
+    done = trainer.Round([Prompt({}, (1,) * 3, 0)] * 4, ROLLOUT, [], GRADES)
+    seconds = {"time/rollout_s": 1.0, "time/update_s": 2.0, "time/grade_s": 0.4}
+    np.testing.assert_allclose(self.statistics(done, seconds, 1).cost_sum, expected)
+    self.capacity = "seconds"  # 3 s over 12 prompt and 14 generated tokens, 0.1 s of grading a prompt
+    expected = [3 * 6 / 26 + 0.1, 3 * 6 / 26 + 0.1, 3 * 14 / 26 + 0.2, 0]
+    np.testing.assert_allclose(self.statistics(done, seconds, 1).cost_sum, expected, rtol=1e-6)
+    np.testing.assert_allclose(self.statistics(done, seconds, 2).cost_sum, np.array(expected) / 2, rtol=1e-6)
 
 
 def test_every_step_and_stream_has_a_key_of_its_own():
@@ -98,20 +171,21 @@ def test_every_step_and_stream_has_a_key_of_its_own():
 
 
 def make_stream():
-    prompts = [[Prompt({"n": n}, (1,) * (n + 1), d) for n in range(size)] for d, size in enumerate((3, 0, 2))]
+    prompts = [{1: [Prompt({"n": n}, (1,) * (n + 1), d) for n in range(size)]} for d, size in enumerate((3, 0, 2))]
     return Stream(prompts, ["a", "unused", "c"], seed=0)
 
 
 def test_the_position_in_the_data_is_the_cursor_and_the_epoch():
-    stream, zero = make_stream(), np.zeros(3, np.int32)
-    taken, cursor, epoch = stream.take(np.array([0, 0, 2, 0, 2, 2, 0]), zero, zero)
-    np.testing.assert_array_equal(cursor, [1, 0, 1])
-    np.testing.assert_array_equal(epoch, [1, 0, 1])
-    np.testing.assert_array_equal(zero, 0)  # the caller's arrays are not touched
+    stream, levels = make_stream(), np.ones(3)
+    begin = stream.start()
+    taken, position = stream.take(np.array([0, 0, 2, 0, 2, 2, 0]), levels, begin)
+    np.testing.assert_array_equal(position.cursor_S, [1, 0, 1])
+    np.testing.assert_array_equal(position.epoch_S, [1, 0, 1])
+    np.testing.assert_array_equal(begin, 0)  # the caller's arrays are not touched
     firsts = [prompt.row["n"] for prompt in taken if prompt.domain == 0][:3]
     assert sorted(firsts) == [0, 1, 2]  # an epoch is a permutation
-    once, cursor, epoch = stream.take(np.array([0, 0, 2]), zero, zero)
-    rest, _, _ = make_stream().take(np.array([0, 2, 2, 0]), cursor, epoch)
+    once, position = stream.take(np.array([0, 0, 2]), levels, begin)
+    rest, _ = make_stream().take(np.array([0, 2, 2, 0]), levels, position)
     assert [prompt.row for prompt in once + rest] == [prompt.row for prompt in taken]
 
 
