@@ -26,7 +26,7 @@ import yaml
 
 from configs import cli, schema
 from infinite_jax.worlds import criteria, plots, table
-from infinite_jax.worlds.table import Arm
+from infinite_jax.worlds.table import Arm, Probe
 
 WORLDS = {"simulated": "sim", "compiled": "compiled", "real": "real"}  # module of infinite_jax.worlds -> its section
 # Keys of a run that place it or bound its files, and enter no result.
@@ -43,12 +43,16 @@ class AblateConfig:
     baselines: tuple[str, ...]  # arms that all others are compared with
     judged: tuple[str, ...]  # arms held to the AURC criteria
     pictures: tuple[str, ...]  # arms drawn
+    probe: str  # a domain withheld after probe_after steps; "" = none
+    probe_after: int  # steps; 0 = half of the run
 
     def __post_init__(self):
         if self.world not in WORLDS:
             raise ValueError(f"world={self.world}: {schema.nearest(self.world, WORLDS)}")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: must be at least 1")
+        if self.probe_after < 0:
+            raise ValueError(f"probe_after={self.probe_after}: must be a step, 0 or more")
         if not self.arms:
             raise ValueError("arms=[]: name at least one, such as arms=[faithful,uniform]")
         if repeated := [arm for i, arm in enumerate(self.arms) if arm in self.arms[:i]]:
@@ -67,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = [compose_arm(name, given.config_name, given.config_dir, rest) for name in config.arms]
         run_dir = choose(arms[0].config.run.dir)
         rows = table.load(run_dir / "ablate.csv")
-        remember(run_dir, config.world, settings, arms)
+        probe = Probe(config.probe, config.probe_after)
+        world.check(settings, arms, probe)
+        remember(run_dir, config.world, settings, arms, probe)
     rows += run(run_dir, config, world, settings, arms, rows)
     report(run_dir, config, rows)
     return cli.DONE
@@ -102,7 +108,7 @@ def read(assignments: Sequence[str]) -> tuple[AblateConfig, dict]:
                 raise ValueError(f"unknown key {key}: {schema.nearest(key, _dotted(data))}")
         if name not in place or isinstance(place[name], dict):
             raise ValueError(f"unknown key {assignment}: {schema.nearest(key, _dotted(data))}")
-        loaded = yaml.safe_load(value)
+        loaded = value if isinstance(place[name], str) else yaml.safe_load(value)  # probe=2 is a name, too
         place[name] = [loaded] if isinstance(place[name], list) and isinstance(loaded, str) else loaded
     sections = {name: data.pop(name, {}) for name in WORLDS.values()}
     config = schema.build(AblateConfig, data)
@@ -149,7 +155,7 @@ def choose(given: str) -> Path:
     return folder
 
 
-def remember(run_dir: Path, world: str, settings: Any, arms: Sequence[Arm]) -> None:
+def remember(run_dir: Path, world: str, settings: Any, arms: Sequence[Arm], probe: Probe) -> None:
     """Writes RUN_DIR/ablate.yaml: what the rows of the table were measured with.
 
     Raises ValueError, one line, where the table holds rows of another setting or of an arm that was different then.
@@ -167,6 +173,11 @@ def remember(run_dir: Path, world: str, settings: Any, arms: Sequence[Arm]) -> N
                 "name another run.dir"
             )
     before["settings"] = now
+    if before.setdefault("probe", list(probe)) != list(probe):
+        raise ValueError(
+            f"probe={probe.domain!r} after {probe.after}: {run_dir} has rows with {before['probe']}; "
+            "name another run.dir"
+        )
     for arm in arms:
         mark = fingerprint(arm.config)
         if before["arms"].setdefault(arm.name, mark) != mark:
@@ -197,7 +208,8 @@ def run(
         return [seed for seed in range(first, first + config.seeds) if (regime, arm, seed) not in done]
 
     new = []
-    found = iter(world.run(settings, arms, missing, run_dir=run_dir))
+    probe = Probe(config.probe, config.probe_after)
+    found = iter(world.run(settings, arms, missing, run_dir=run_dir, probe=probe))
     for arm, group in itertools.groupby(found, key=lambda runs: runs.arm):
         print(f"{arm}:", end="", flush=True)
         for runs in group:
@@ -216,6 +228,8 @@ def report(run_dir: Path, config: AblateConfig, rows: Sequence[table.Row]) -> No
     found = table.values(rows, config.world)
     text = criteria.tables(found, config.baselines)
     text += f"\n\ncriteria\n{criteria.criteria_text(criteria.criteria(found, config.judged))}"
+    if held := criteria.probe_text(found):
+        text += f"\n\ndecay of {config.probe} without practice\n{held}"
     print(text)
     for name in config.baselines:
         if name not in {arm for _, arm, _ in found}:

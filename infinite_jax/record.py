@@ -28,13 +28,16 @@ class RunLog:
     def __init__(self, run_dir: Path, names: Sequence[str], start: int):
         self.names = names
         self._files = {name: open(run_dir / name, "a", encoding="utf-8") for name in FILES}
-        self._rows = read(run_dir / METRICS)
+        self._metrics = run_dir / METRICS
+        rows = read(self._metrics)
+        self._evaluations = [_rates(row) for row in rows if "eval/macro" in row]  # all rows would fill the memory
         self._board = SummaryWriter(str(run_dir / "tb"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, metrics: dict[str, float | int | None], events: Sequence[dict] = ()) -> None:
         row = {"step": step} | {key: _defined(value) for key, value in metrics.items()}
-        row |= forgetting(self._rows, row, self.names)
-        self._rows.append(row)
+        row |= forgetting(self._evaluations, row, self.names)
+        if "eval/macro" in row:
+            self._evaluations.append(_rates(row))
         self._append(METRICS, [row])
         self._append(EVENTS, [{"step": step} | event for event in events])
         for key, value in row.items():
@@ -46,8 +49,9 @@ class RunLog:
 
     def draw(self) -> None:
         """The pictures of the report, for TensorBoard."""
-        for tag, figure in pictures.board_figures(self._rows, self.names).items():
-            self._board.add_figure(tag, figure, self._rows[-1]["step"])
+        rows = read(self._metrics)
+        for tag, figure in pictures.board_figures(rows, self.names).items():
+            self._board.add_figure(tag, figure, rows[-1]["step"])
 
     def _append(self, name: str, rows: Sequence[dict]) -> None:
         self._files[name].write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
@@ -71,6 +75,11 @@ class RunLog:
         self.close()
 
 
+def _rates(row: dict) -> dict[str, float | None]:
+    """The step and the held-out pass rates of a row."""
+    return {key: value for key, value in row.items() if key == "step" or key.startswith("eval/pass_rate/")}
+
+
 def forgetting(before: Sequence[dict], row: dict, names: Sequence[str]) -> dict[str, float | None]:
     """forgetting/<domain> of a row with an evaluation: the highest rate of earlier ones, the start's left out, minus
     this one (Chaudhry et al. 2018, arXiv 1801.10112); None where there is none."""
@@ -81,21 +90,6 @@ def forgetting(before: Sequence[dict], row: dict, names: Sequence[str]) -> dict[
             rates = [old[key] for old in before if old["step"] and old.get(key) is not None]
             found[f"forgetting/{name}"] = max(rates) - row[key] if rates and row[key] is not None else None
     return found
-
-
-class CompilationCounter:
-    """Counts XLA compilations of this process, so that a run that recompiles after warm-up shows it."""
-
-    def __init__(self):
-        self._events = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, _seconds: float, **_) -> None:
-        self._events += event == "/jax/core/compile/backend_compile_duration"
-
-    def since_last(self) -> dict[str, int]:
-        found, self._events = self._events, 0
-        return {"time/compilations": found}
 
 
 def memory() -> dict[str, int]:

@@ -14,9 +14,9 @@ from configs import cli
 from configs.schema import located
 from infinite_jax import heldout, record, run_folder, transcripts
 from infinite_jax.checkpoint import Checkpointer
+from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.progress import Progress, before_after
 from infinite_jax.session import Session, open_session, set_up_runtime
-from infinite_jax.trainer import Clock
 from infinite_jax.types import RunState
 
 
@@ -41,7 +41,7 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
     """
     run, stop, start = session.config.run, StopSignal(), after or 0
     step, last, warned = start, False, set()
-    compilations = record.CompilationCounter()
+    compilations = CompilationCounter()
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
         record.RunLog(run_dir, session.names, start) as log,
@@ -61,7 +61,7 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             last = step == run.steps or 0 < run.tokens <= state.tokens
             if last or step % run.eval_every == 0:
                 metrics |= evaluate(session, run_dir, step, state)
-            metrics |= compilations.since_last() | record.memory()
+            metrics |= {"time/compilations": compilations.since_last()} | record.memory()
             log.write(step, metrics, outcome.events)
             if transcripts.due(step, run.eval_every):
                 log.transcribe(transcripts.pick(step, sampled.chosen, sampled.replies, sampled.grades, session.names))

@@ -5,22 +5,23 @@
 The step takes the whole RunState and returns the next one; the trainer itself holds nothing that changes.
 """
 
-import time
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from configs.schema import AlgorithmConfig
 from curriculum.triage import DomainStats
 from infinite_jax import batch, grpo, prompts
+from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
 from infinite_jax.rollout import Sampling, generate
 from infinite_jax.score import Scorer
-from infinite_jax.types import Rollout, RunState, TrainState
+from infinite_jax.types import Batch, Rollout, RunState, TrainState
 from models import policy
 from models.architectures import DecoderConfig
 from rubric.evaluator import Grades, RubricEvaluator
@@ -47,17 +48,6 @@ class Outcome(NamedTuple):
     metrics: Metrics
     sampled: Round  # what the update learnt from
     events: list[dict]  # changes that want attention: {kind, domain, ...}
-
-
-class Clock:
-    """Wall time of the phases of a step, in seconds, under time/<phase>_s; a phase that comes again adds."""
-
-    def __init__(self):
-        self.seconds, self._last = {}, time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now, key = time.perf_counter(), f"time/{phase}_s"
-        self.seconds[key], self._last = self.seconds.get(key, 0.0) + now - self._last, now
 
 
 def stream_key(seed: int, step: int, stream: int) -> jax.Array:
@@ -102,6 +92,7 @@ class InfiniteGRPOTrainer:
             pad_id,
         )
         self.scorer = Scorer(decoder, config.temperature, config.max_new_tokens, config.group_size)
+        self._compilations = CompilationCounter()
         self._draw = jax.jit(curriculum.draw, static_argnums=1)
         self._lr_scale = jax.jit(curriculum.lr_scale)
         self._triage = jax.jit(curriculum.update)
@@ -113,7 +104,7 @@ class InfiniteGRPOTrainer:
         Waits for the update before it returns, so that the times of the phases are exact; the host work that could
         overlap with it (drawing and padding the next prompts) is a few milliseconds.
         """
-        clock = Clock()
+        clock, _ = Clock(), self._compilations.since_last()
         with jax.set_mesh(self.mesh):
             draw = jax.device_get(self._draw(state.curriculum, self.config.prompts))
             rounds, sampled, position = self.sample(state, draw.domain_P, clock)
@@ -123,7 +114,8 @@ class InfiniteGRPOTrainer:
             train, update = _train_step(self.config, self.scorer, state.train, made)
             jax.block_until_ready(train.step)
             clock.lap("update")
-            stats = [self.statistics(done, clock.seconds, len(rounds)) for done in rounds]
+            seconds = None if self._compilations.since_last() else clock.seconds
+            stats = [self.statistics(done, seconds, len(rounds)) for done in rounds]
             curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
             triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
@@ -195,21 +187,25 @@ class InfiniteGRPOTrainer:
         group_P[free[: len(found)]] = P + found
         row_B = (group_P[:, None] * G + np.arange(G)).reshape(-1)
         rollout, both = _take_rows(kept.rollout, more.rollout, row_B), kept.replies + more.replies
-        rollout = rollout._replace(prompt_B=kept.rollout.prompt_B)
+        # on the host, as in a rollout that was not mixed: what follows would be compiled twice
+        domain_B = np.concatenate([kept.rollout.domain_B, more.rollout.domain_B])[row_B]
+        rollout = rollout._replace(domain_B=domain_B, prompt_B=kept.rollout.prompt_B)
         grades = Grades(*(np.concatenate(pair)[row_B] for pair in zip(kept.grades, more.grades)))
         return Round([[*kept.chosen, *more.chosen][p] for p in group_P], rollout, [both[b] for b in row_B], grades)
 
-    def statistics(self, done: Round, seconds: dict[str, float], rounds: int) -> DomainStats:
+    def statistics(self, done: Round, seconds: dict[str, float] | None, rounds: int) -> DomainStats:
         """Sums a domain of one of `rounds` rounds, with the cost of its prompts in the unit of capacity.
 
         In seconds, a round's part of rollout and update is split by the positions computed (a prompt once, its
-        completions), that of grading evenly.
+        completions), that of grading evenly. None: the step compiled, which is no prompt's cost, so none is known.
         """
         groups = (-1, self.config.group_size)
         tokens_P = np.asarray(done.rollout.loss_mask_BT).sum(1).reshape(groups).sum(1).astype(np.float32)
         cost_P = np.ones(len(tokens_P), np.float32)
         if self.capacity == "tokens":
             cost_P = tokens_P
+        elif self.capacity == "seconds" and seconds is None:
+            cost_P = np.zeros(len(tokens_P), np.float32)
         elif self.capacity == "seconds":
             work_P = tokens_P + np.array([len(prompt.ids) for prompt in done.chosen], np.float32)
             computing = (seconds["time/rollout_s"] + seconds["time/update_s"]) / rounds
@@ -262,8 +258,18 @@ def place(mesh: Mesh, x: np.ndarray) -> jax.Array:
 
 # Of the module, not of a trainer: a second run in this process with the same static settings compiles nothing.
 _prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
-_train_step = jax.jit(grpo.train_step, static_argnums=(0, 1), donate_argnums=2)
 _tally = jax.jit(batch.tally, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _train_step(config: AlgorithmConfig, scorer: Scorer, state: TrainState, made: Batch) -> tuple[TrainState, dict]:
+    """One update, its state split as before: a split of the compiler's choice would be compiled for again."""
+    state, metrics = grpo.train_step(config, scorer, state, made)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, scorer.decoder, mesh))
+        state = jax.lax.with_sharding_constraint(state, shardings)
+    return state, metrics
 
 
 @jax.jit
@@ -272,7 +278,7 @@ def _take_rows(a: Rollout, b: Rollout, row_B: np.ndarray) -> Rollout:
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[row_B], a, b)
 
 
-def abstract_train_state(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh) -> TrainState:
+def abstract_train_state(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; optimizer moments are split like the parameters they belong to."""
     replicated = NamedSharding(mesh, PartitionSpec())
     tx, shapes = grpo.optimizer(config), policy.abstract_params(decoder)

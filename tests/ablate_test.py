@@ -64,7 +64,7 @@ def test_a_unit_cut_off_while_being_written_is_run_again(ablation, tmp_path, mon
     (tmp_path / "ablate.csv").write_text(whole[:-40])  # ends within a line of the last unit
     asked = []
 
-    def job(settings, arm, program, units):
+    def job(settings, withheld, arm, program, units):
         asked.extend((arm, unit.name, unit.seed) for unit in units)
         return []
 
@@ -212,3 +212,22 @@ def test_help_names_the_keys(capsys):
     with pytest.raises(SystemExit) as raised:
         ablate.main(["--help"])
     assert raised.value.code == 0 and "arms=" in capsys.readouterr().out
+
+
+def test_a_withheld_domain_is_measured_from_the_end_of_its_practice(tmp_path, capsys):
+    """Domain 2 of four simulated learners that forget fast: its share is 0 after step 50, and it decays."""
+    given = ["arms=[uniform]", "baselines=[uniform]", "pictures=[]", "seeds=4", "sim.regimes=[fast]", "sim.steps=300"]
+    assert ablate.main([*given, "probe=2", "probe_after=50", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert "decay of 2 without practice" in capsys.readouterr().out
+    found = table.values(table.load(tmp_path / "run" / "ablate.csv"), "simulated")
+    decayed = found["fast", "uniform", table.PROBE_DECAYED]
+    assert set(decayed) == {0, 1, 2, 3} and sum(decayed.values()) >= 3
+    assert all(0 < time <= 250 for time in found["fast", "uniform", table.PROBE_TIME].values())
+    for arguments, words in (
+        (["probe=99"], "probe=99: in world=simulated a domain is a number, 0 to 17"),
+        (["probe=2", "probe_after=300"], "probe_after=300: must be before the end"),
+        (["probe=3"], "probe='3' after 0:"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            ablate.main([*given, *arguments, f"run.dir={tmp_path / ('run' if words[6] == chr(39) else 'new')}"])
+        assert ended.value.code == 2 and words in capsys.readouterr().err

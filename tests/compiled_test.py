@@ -1,4 +1,4 @@
-"""The compiled laboratory: its step is the trainer's functions one by one, arms share a start, worlds differ as said."""
+"""The compiled laboratory: its step is the trainer's functions one by one, arms share a start, worlds are as said."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cli
 from curriculum import policies
 from curriculum.triage import statistics
 from infinite_jax import ablate, batch, grpo
@@ -22,6 +21,7 @@ from models import policy
 from rubric.evaluator import Grades
 
 P, G, SEED = 4, 3, 5
+COINED = (0, 1, 2, 3, 11)  # domains graded by a coin where a model that knows nothing must earn something
 TINY = stage.Settings(
     draw="tuning",
     regimes=("plain",),
@@ -40,6 +40,14 @@ TINY = stage.Settings(
     dtype="float32",
     practice=practice.Plan(rounds=1, steps=2, rows=8, train_rows=4, test_rows=2, learning_rate=1e-2),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    """Programs here run once or twice: compiled without optimisation they cost a third."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -70,7 +78,9 @@ def by_hand(program, world, reference, state):
     grade_B = np.asarray(tasks.grade(reply_BC, rows.answer_NC[prompt_B])).copy()
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), number), int(stage.COIN))
     coin_B = np.asarray(jax.random.bernoulli(key, 0.5, (P * G,)))
-    grade_B = np.where(domain_B == 11, np.where(coin_B, 4.0, 1.0), grade_B).astype(np.float32)
+    coined_B = np.isin(domain_B, COINED)
+    grade_B = np.where(coined_B, np.where(coin_B, 4.0, 1.0), grade_B).astype(np.float32)
+    assert 0 < coined_B.sum() < P * G
     grades = Grades(grade_B, ((grade_B - 1) / 3).astype(np.float32), np.ones(P * G, bool))
     rollout = Rollout(made.tokens_BT, made.loss_mask_BT, made.logp_BT, domain_B, prompt_B, made.done_B)
     scorer = Scorer(program.decoder, 1.0, tasks.ANSWER, G)
@@ -86,20 +96,80 @@ def by_hand(program, world, reference, state):
 def test_a_compiled_step_is_the_trainers_functions_one_by_one():
     program = compiled.compose(TINY, arm("faithful"), "zipf+noisy")
     world = stage.make_world(TINY, "zipf+noisy", SEED)
+    world = world._replace(coin_D=jnp.isin(jnp.arange(12), jnp.array(COINED)))
     start = jax.jit(policy.init, static_argnums=0)(program.decoder, jax.random.key(1))
     state = compiled.initial_state(program, data(), world, start, jnp.int32(SEED))
     one = jax.jit(functools.partial(compiled.step, program))
     for _ in range(2):
         expected, tokens = by_hand(program, world, start, state)
         before, (state, p_D, counted) = state, one(data(), world, start, jnp.int32(SEED), state)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, atol=1e-6), state.train.params, expected.train.params
-        )
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.triage, expected.triage)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+        jax.tree.map(close, state.train.params, expected.train.params)
+        jax.tree.map(close, state.triage, expected.triage)
         assert state.cursor_D.tolist() == expected.cursor_D.tolist() and counted == tokens
         assert abs(p_D.sum() - 1) < 1e-6 and p_D[8:11].sum() == 0  # only tested, and the dead one of other worlds
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before.train.params, state.train.params)
         assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_right_answers_are_graded_right():
+    names = stage.slots(TINY)
+    rows = jax.tree.map(lambda x: x[jnp.array([0, 10]), 0], data().train)
+    tokens, mask = practice.joined(jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), rows))
+    tokens = tokens.at[1].set(jnp.where(mask[1], tasks.PAD, tokens[1]))
+    rollout = Rollout(tokens, mask, None, jnp.array([0, 0, 10, 10]), jnp.array([0, 0, 1, 1]), None)
+    world = compiled.World(None, jnp.zeros(len(names), bool))
+    assert compiled.grade(True, world, rollout, rows, jax.random.key(0)).reward_B.tolist() == [1, 0, 1, 1]
+    assert compiled.grade(False, world, rollout, rows, jax.random.key(0)).reward_B.tolist() == [1, 0, 1, 1]
+    coin = compiled.grade(True, world._replace(coin_D=~world.coin_D), rollout, rows, jax.random.key(2))
+    assert sorted(set(coin.grade_B.tolist())) == [1, 4] and coin.valid_B.all()
+
+
+def test_one_start_and_one_draw_of_rows_for_all_arms(monkeypatch):
+    """The plumbing of `run` with the programs replaced: what goes into every arm's program, and what is left out."""
+    calls = []
+
+    def fake(function, size, inputs, shared=()):
+        calls.append((function, inputs, shared))
+        number = len(inputs[0])
+        if function.func is not compiled._unit:
+            return {function.func.__name__: np.array(inputs[0])}
+        return compiled.Curves(
+            *(np.full((number, k, d), 0.5) for k, d in ((3, 10), (3, 10), (2, 12))), np.ones((number, 2))
+        )
+
+    monkeypatch.setattr(compiled, "mapped", fake)
+    settings = dataclasses.replace(TINY, regimes=("plain", "zipf"))
+    wanted = {
+        ("plain", "uniform"): [4, 5],
+        ("zipf", "uniform"): [],
+        ("plain", "faithful"): [5],
+        ("zipf", "faithful"): [7],
+    }
+    found = list(compiled.run(settings, [arm("uniform"), arm("faithful")], lambda *unit: wanted[unit]))
+    assert [(r.arm, r.world, r.seed_S.tolist()) for r in found] == [
+        ("uniform", "plain", [4, 5]),
+        ("faithful", "plain", [5]),
+        ("faithful", "zipf", [7]),
+    ]
+    (_, (seeds,), _), (_, (starts,), _), first, second = calls
+    assert seeds.tolist() == starts.tolist() == [4, 5, 7]  # made once
+    assert first[2][0] is second[2][0]  # the same rows and starts
+    assert [call[1][0].tolist() for call in (first, second)] == [[0, 1], [1, 2]]  # whose, by place
+    assert [call[1][2].tolist() for call in (first, second)] == [[4, 5], [5, 7]]
+    assert found[0].cost["tokens"] == 1 and found[0].extra_S["harder"].tolist() == [0.5, 0.5]
+    assert list(compiled.run(settings, [arm("uniform")], lambda *_: [])) == []
+
+
+def test_a_last_part_is_filled_up():
+    sizes = []
+
+    def double(x, shared):
+        sizes.append(x.shape)
+        return 2 * x + shared
+
+    found = compiled.mapped(double, 3, (np.arange(7.0),), (1.0,))
+    assert found.tolist() == [1, 3, 5, 7, 9, 11, 13] and sizes == [()]  # traced once
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +180,7 @@ def runs():
     return [list(compiled.run(settings, arms, lambda *_: [SEED, 9])) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_all_arms_of_a_seed_begin_alike_and_then_differ(runs):
     assert [(r.arm, r.world) for r in runs[0]] == [
         (name, world) for name in ("uniform", "recommended") for world in ("plain", "arrivals+dead")
@@ -120,6 +191,7 @@ def test_all_arms_of_a_seed_begin_alike_and_then_differ(runs):
     assert not np.allclose(shares[0], shares[2]) and shares[0].shape == (2, 2, 12)
 
 
+@pytest.mark.slow
 def test_the_same_again_is_the_same(runs):
     for once, again in zip(*runs):
         assert np.array_equal(once.share_STD, again.share_STD) and once.cost["tokens"] == again.cost["tokens"]
@@ -127,6 +199,7 @@ def test_the_same_again_is_the_same(runs):
             assert np.array_equal(a.rate_KD, b.rate_KD)
 
 
+@pytest.mark.slow
 def test_runs_are_what_the_table_reads(runs):
     plain, late = runs[0][:2]
     assert plain.seed_S.tolist() == [SEED, 9] and plain.extra_S["harder"].shape == (2,)
@@ -137,6 +210,7 @@ def test_runs_are_what_the_table_reads(runs):
     assert sorted(late.evaluations[0].arrives_D[:8]) == [0, 0, 0, 0, 0, 0, 1, 1]  # thirds of two steps
 
 
+@pytest.mark.slow
 def test_shares_keep_to_the_world(runs):
     plain, late = runs[0][:2]
     np.testing.assert_allclose(plain.share_STD[..., :8], 1 / 8, rtol=1e-6)
@@ -165,24 +239,24 @@ def test_useful_groups_wait_until_they_fill_a_batch():
     assert full.grades.grade_B.tolist() == [1, 1, 5, 5, 7, 7] and full.useful_P.all()
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_updates_only_on_a_full_batch(monkeypatch):
+    def graded(_, world, *rest):  # by hand: as many of the first groups differ as the first weight says
+        grade_B = jnp.tile(jnp.array([4.0, 1.0, 1.0]), P) * (jnp.arange(P * G) < world.members.weight[0] * G)
+        return Grades(grade_B, grade_B / 4, jnp.ones(P * G, bool))
+
+    monkeypatch.setattr(compiled, "grade", graded)
     program = compiled.compose(TINY, arm("dynamic"), "plain")
     world = stage.make_world(TINY, "plain", SEED)
     start = jax.jit(policy.init, static_argnums=0)(program.decoder, jax.random.key(1))
     state = compiled.initial_state(program, data(), world, start, jnp.int32(SEED))
-
-    def graded(useful):  # rewards by hand: the first `useful` groups differ
-        grade_B = jnp.tile(jnp.array([4.0, 1.0, 1.0]), P) * (jnp.arange(P * G) < useful * G)
-        return lambda *_: Grades(grade_B, grade_B / 4, jnp.ones(P * G, bool))
-
+    one = jax.jit(functools.partial(compiled.step, program))
     updates = []
-    for useful in (3, 2):
-        monkeypatch.setattr(compiled, "grade", graded(useful))
-        one = jax.jit(functools.partial(compiled.step, program))
-        state, _, _ = one(data(), world, start, jnp.int32(SEED), state)
-        updates.append(int(state.train.step))
-        assert state.waiting.useful_P.sum() == (0 if updates[-1] else 3) and state.triage.step == len(updates)
-    assert updates == [0, 1]
+    for useful in (3.0, 2.0, 1.0):
+        members = world.members._replace(weight=world.members.weight.at[0].set(useful))
+        state, _, _ = one(data(), world._replace(members=members), start, jnp.int32(SEED), state)
+        updates.append((int(state.train.step), int(state.waiting.useful_P.sum())))
+    assert updates == [(0, 3), (1, 0), (1, 1)] and state.triage.step == 3
 
 
 def test_an_answer_is_laid_behind_its_prompt():
@@ -250,9 +324,12 @@ def test_the_section_of_the_file_is_what_the_world_reads():
 
 
 @pytest.mark.experiment
-def test_practice_on_a_mixture_is_learnt_from(tmp_path):
-    """The defaults: starts are spread, and reinforcement learning with equal shares raises the held-out mean."""
-    assert (
-        ablate.main(["world=compiled", "compiled.regimes=[plain]", "arms=[uniform]", "seeds=3", f"run.dir={tmp_path}"])
-        == cli.DONE
-    )
+@pytest.mark.parametrize("draw", tasks.DRAWS)
+def test_reinforcement_learning_raises_the_held_out_mean(draw):
+    """The defaults, three seeds: starts are spread, and equal shares raise the mean of the trained domains."""
+    _, section = ablate.read(["world=compiled", "compiled.regimes=[plain]", f"compiled.draw={draw}"])
+    settings = ablate.schema.build(stage.Settings, section, "compiled")
+    (runs,) = compiled.run(settings, [arm("uniform")], lambda *_: [0, 1, 2])
+    rate_SKD = np.array([evaluations.rate_KD[:, :8] for evaluations in runs.evaluations])
+    assert rate_SKD[:, 0].min() < 0.2 and rate_SKD[:, 0].max() > 0.6
+    assert ((rate_SKD[:, -1] - rate_SKD[:, 0]).mean(1) > 0.1).all()

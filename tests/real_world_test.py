@@ -91,3 +91,14 @@ def test_a_regime_is_a_file_of_domains():
 def test_no_run_begins_after_the_time_is_over(tmp_path):
     arm = Arm("uniform", cli.compose_config("config", None, SMALL))
     assert list(real.run(real.Settings((), 1e-9), [arm], lambda *_: [0], tmp_path)) == []
+
+
+def test_a_probe_retires_its_domain_in_the_midst():
+    arm = ablate.compose_arm("uniform", "config", None, ["run.steps=20"])
+    config = real.withhold(arm.config, table.Probe("shift", 0))
+    assert {domain.name: domain.retires for domain in config.domains if domain.retires is not None} == {"shift": 10}
+    assert real.withhold(arm.config, table.NO_PROBE) == arm.config
+    with pytest.raises(ValueError, match="probe=shirt: not a domain that is trained on; did you mean shift"):
+        real.withhold(arm.config, table.Probe("shirt", 0))
+    with pytest.raises(ValueError, match="probe_after=20: must be before the end"):
+        real.withhold(arm.config, table.Probe("shift", 20))

@@ -31,11 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import AlgorithmConfig
+from configs.schema import AlgorithmConfig, nearest
 from curriculum import policies
 from curriculum.config import CurriculumConfig
 from curriculum.triage import TriageState
-from infinite_jax import grpo
+from infinite_jax import decay, grpo
 from infinite_jax.batch import prepare, tally
 from infinite_jax.retention import Evaluations
 from infinite_jax.rollout import Sampling, generate
@@ -44,7 +44,7 @@ from infinite_jax.trainer import ROLLOUT_STREAM, stream_key
 from infinite_jax.types import Params, Rollout, TrainState
 from infinite_jax.worlds import stage, tasks
 from infinite_jax.worlds.stage import Data, Settings, World
-from infinite_jax.worlds.table import Arm, Runs
+from infinite_jax.worlds.table import NO_PROBE, Arm, Probe, Runs
 from infinite_jax.worlds.tasks import Rows
 from models.architectures import DecoderConfig
 from rubric.evaluator import PASS_GRADE, Grades
@@ -212,12 +212,14 @@ def run(
     arms: Sequence[Arm],
     missing: Callable[[str, str], list[int]],
     run_dir: Path | None = None,
+    probe: Probe = NO_PROBE,
 ) -> Iterator[Runs]:
     """Every arm in every world of `settings.regimes`, on the seeds that `missing(world, arm name)` names.
 
     Yields as arms finish. A seed's data and start are the same in all worlds and for all arms.
     """
     del run_dir  # nothing but the rows is kept
+    withheld = withhold(settings, probe)
     jobs: dict[tuple[str, Program], list[tuple[str, int]]] = {}
     for arm in arms:
         for regime in settings.regimes:
@@ -234,11 +236,33 @@ def run(
         if units:
             began = time.perf_counter()
             world_U = jax.tree.map(lambda *x: np.stack(x), *(stage.make_world(settings, *unit) for unit in units))
+            if withheld:
+                world_U.members.retires[:, withheld[0]] = withheld[1]
             place_U, seed_U = (np.array(x, np.int32) for x in zip(*((seeds.index(s), s) for _, s in units)))
             one = functools.partial(_unit, program)
             curves = mapped(one, settings.parallel, (place_U, world_U, seed_U), shared)
             seconds = (time.perf_counter() - began) / len(units)
-            yield from _results(settings, name, units, world_U, curves, seconds)
+            yield from _results(settings, name, units, world_U, curves, seconds, withheld)
+
+
+def check(settings: Settings, arms: Sequence[Arm], probe: Probe) -> None:
+    """Raises ValueError, one line, on what cannot be run."""
+    withhold(settings, probe)
+    for arm in arms:
+        for regime in settings.regimes:
+            compose(settings, arm, regime)
+
+
+def withhold(settings: Settings, probe: Probe) -> tuple[int, int] | None:
+    """(domain, step after which it is withheld), or None. Raises ValueError, one line, on one that is not there."""
+    if not probe.domain:
+        return None
+    trained, after = tasks.DRAWS[settings.draw][: tasks.TRAINED], probe.after or settings.steps // 2
+    if probe.domain not in trained:
+        raise ValueError(f"probe={probe.domain}: not a domain trained on; {nearest(probe.domain, trained)}")
+    if after >= settings.steps:
+        raise ValueError(f"probe_after={after}: must be before the end, compiled.steps={settings.steps}")
+    return trained.index(probe.domain), after
 
 
 def _unit(program: Program, place: jax.Array, world: World, seed: jax.Array, data_S: Data, start_S: Params) -> Curves:
@@ -259,7 +283,13 @@ def mapped(function: Callable, size: int, inputs: tuple, shared: tuple = ()):
 
 
 def _results(
-    settings: Settings, arm: str, units: Sequence[tuple[str, int]], worlds: World, curves: Curves, seconds: float
+    settings: Settings,
+    arm: str,
+    units: Sequence[tuple[str, int]],
+    worlds: World,
+    curves: Curves,
+    seconds: float,
+    withheld: tuple[int, int] | None,
 ) -> Iterator[Runs]:
     """The runs of an arm as the table wants them, one Runs a world."""
     tested = len(tasks.DRAWS[settings.draw])
@@ -274,4 +304,7 @@ def _results(
         cost = {"tokens": float(curves.tokens_K[of].sum(1).mean()), "seconds": seconds}
         harder_S = curves.harder_KD[of, -1, : tasks.TRAINED].mean(1).astype(np.float64)
         seed_S = np.array([units[u][1] for u in of])
-        yield Runs(regime, arm, seed_S, evaluations, curves.share_KD[of], cost, {"harder": harder_S})
+        decays = ()
+        if withheld:
+            decays = tuple(decay.decay(at_K, found.rate_KD[:, withheld[0]], withheld[1]) for found in evaluations)
+        yield Runs(regime, arm, seed_S, evaluations, curves.share_KD[of], cost, {"harder": harder_S}, decays)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Column, Table
 
+from infinite_jax import decay
 from infinite_jax.progress import as_text, number
 from infinite_jax.statistics import Estimate
-from infinite_jax.worlds.table import ALL, Values, differences, interval, names
+from infinite_jax.worlds.table import ALL, PROBE_DECAYED, PROBE_TIME, Values, differences, interval, names
 
 AURC_GAIN = 25.0  # per cent
 ALTERNATION_GAIN = 12.0  # per cent
@@ -69,6 +70,19 @@ def plus_minus(estimate: Estimate | None, digits: int) -> str:
     if estimate is None:
         return "-"
     return f"{estimate.mean:+.{digits}f} ±{estimate.high - estimate.mean:.{digits}f}"
+
+
+def probe_text(found: Values) -> str:
+    """How long the withheld domain held, Kaplan-Meier median over seeds by regime and arm; "" without a probe."""
+    table = Table("regime", "arm", "seeds", "decayed", "median time to decay", box=box.MARKDOWN)
+    for regime, arm, metric in found:
+        if metric == PROBE_TIME and (time_S := found[regime, arm, metric]):
+            decayed_S = found[regime, arm, PROBE_DECAYED]
+            median = decay.median([decay.Decay(time_S[seed], decayed_S[seed] > 0) for seed in time_S])
+            longest = f"more than {max(time_S.values()):g}"
+            cells = (str(len(time_S)), f"{sum(decayed_S.values()):g}", longest if median is None else f"{median:g}")
+            table.add_row(regime, arm, *cells)
+    return as_text(table) if table.row_count else ""
 
 
 def criteria(found: Values, judged: Sequence[str]) -> list[Criterion]:

@@ -25,10 +25,10 @@ import yaml
 
 from configs import cli, limits, schema
 from configs.schema import Config
-from infinite_jax import record, retention, run_folder
+from infinite_jax import decay, record, retention, run_folder
 from infinite_jax.session import assemble, load, set_up_runtime
 from infinite_jax.train import train
-from infinite_jax.worlds.table import Arm, Runs
+from infinite_jax.worlds.table import NO_PROBE, Arm, Probe, Runs
 
 OWN = "own"  # the regime of the run's own domains
 # Keys that say where a run happens and enter no result (the weights under model.path are not compared).
@@ -50,43 +50,76 @@ class Settings:
 
 
 def run(
-    settings: Settings, arms: Sequence[Arm], missing: Callable[[str, str], list[int]], run_dir: Path
+    settings: Settings,
+    arms: Sequence[Arm],
+    missing: Callable[[str, str], list[int]],
+    run_dir: Path,
+    probe: Probe = NO_PROBE,
 ) -> Iterator[Runs]:
     """Yields each run as it finishes: all arms on a seed before the next seed, so that what is done can be compared."""
     began, cache = time.perf_counter(), {}
     with cli.bad_input():
-        units = plan(settings, arms, missing, run_dir)
+        units = plan(settings, arms, missing, run_dir, probe)
     for regime, name, seed, folder, config in units:
         if not finished(folder, config):
             if settings.seconds and time.perf_counter() - began > settings.seconds:
                 continue
             once(cache, config, folder, seed)
-        yield read(regime, name, seed, folder, config)
+        yield read(regime, name, seed, folder, config, probe.domain)
+
+
+def check(settings: Settings, arms: Sequence[Arm], probe: Probe) -> None:
+    """Raises ValueError, one line, on what cannot be run."""
+    for regime in settings.domains or (OWN,):
+        for arm in arms:
+            limits.validate(withhold(in_regime(arm, regime), probe), jax.device_count())
 
 
 Unit = tuple[str, str, int, Path, Config]  # regime, arm, seed, the run's folder and configuration
 
 
 def plan(
-    settings: Settings, arms: Sequence[Arm], missing: Callable[[str, str], list[int]], run_dir: Path
+    settings: Settings,
+    arms: Sequence[Arm],
+    missing: Callable[[str, str], list[int]],
+    run_dir: Path,
+    probe: Probe,
 ) -> list[Unit]:
-    """The runs that are missing, in order. Raises ValueError, one line, on what cannot be run or was run otherwise."""
+    """The runs that are missing, in order. Raises ValueError, one line, on what was run otherwise."""
     units = []
     for regime in settings.domains or (OWN,):
         for arm in arms:
-            config = in_regime(arm, regime)
-            limits.validate(config, jax.device_count())
+            config = withhold(in_regime(arm, regime), probe)
             place = run_dir / "real" / regime / re.sub(r"[^\w.=-]+", "_", arm.name)
             units += [(regime, arm.name, seed, place / str(seed), config) for seed in missing(regime, arm.name)]
     for *_, seed, folder, config in units:
         if finished(folder, config):
-            check(folder, config, seed)
+            same_settings(folder, config, seed)
     return sorted(units, key=lambda unit: unit[2])  # a stable sort: within a seed in the order above
 
 
 def in_regime(arm: Arm, regime: str) -> Config:
     """The arm's configuration with the regime's domains. Raises ValueError, one line, where there is no such file."""
     return schema.located(arm.config if regime == OWN else arm.compose([f"domains={regime}"]))
+
+
+def withhold(config: Config, probe: Probe) -> Config:
+    """`config` with the probe's domain retired in the midst. Raises ValueError, one line, where there is none such."""
+    if not probe.domain:
+        return config
+    trained = [domain.name for domain in config.domains if not domain.eval_only]
+    if probe.domain not in trained:
+        raise ValueError(
+            f"probe={probe.domain}: not a domain that is trained on; {schema.nearest(probe.domain, trained)}"
+        )
+    after = probe.after or config.run.steps // 2
+    if after >= config.run.steps:
+        raise ValueError(f"probe_after={after}: must be before the end, run.steps={config.run.steps}")
+    domains = [
+        dataclasses.replace(domain, retires=after) if domain.name == probe.domain else domain
+        for domain in config.domains
+    ]
+    return dataclasses.replace(config, domains=tuple(domains))
 
 
 def once(cache: dict, config: Config, folder: Path, seed: int) -> None:
@@ -117,7 +150,7 @@ def finished(folder: Path, config: Config) -> bool:
     return rows[-1]["step"] >= config.run.steps or 0 < config.run.tokens <= rows[-1]["tokens/total"]
 
 
-def check(folder: Path, config: Config, seed: int) -> None:
+def same_settings(folder: Path, config: Config, seed: int) -> None:
     """Raises ValueError, one line, where the finished run in `folder` was one of other settings."""
     path = folder / "config.yaml"
     if not path.is_file():
@@ -132,8 +165,8 @@ def check(folder: Path, config: Config, seed: int) -> None:
             )
 
 
-def read(regime: str, arm: str, seed: int, folder: Path, config: Config) -> Runs:
-    """A finished run as the table wants it."""
+def read(regime: str, arm: str, seed: int, folder: Path, config: Config, probe: str = "") -> Runs:
+    """A finished run as the table wants it; `probe`: the domain that was withheld."""
     rows = record.read(folder / record.METRICS)
     evaluations = retention.from_rows(rows, config.domains, axis="tokens/total")
     names = [domain.name for domain in config.domains]
@@ -142,4 +175,9 @@ def read(regime: str, arm: str, seed: int, folder: Path, config: Config) -> Runs
     cost["seconds"] = sum(row.get("time/step_s", 0.0) + row.get("time/evaluate_s", 0.0) for row in rows)
     gains = {f"gain/{name}": rate - first for name, first, rate in zip(names, *evaluations.rate_KD[[0, -1]])}
     extra = {key: np.array([value]) for key, value in gains.items() if np.isfinite(value)}
-    return Runs(regime, arm, np.array([seed]), [evaluations], share_TD[None], cost, extra)
+    decays = ()
+    if probe:
+        d = names.index(probe)
+        ended = next((row["tokens/total"] for row in rows if row["step"] == config.domains[d].retires), np.inf)
+        decays = (decay.decay(evaluations.at_K, evaluations.rate_KD[:, d], ended),)
+    return Runs(regime, arm, np.array([seed]), [evaluations], share_TD[None], cost, extra, decays)

@@ -90,6 +90,7 @@ class World(NamedTuple):
     measured: np.ndarray  # bool; enters the metrics
     size: np.ndarray  # f32 training rows
     arrives: np.ndarray  # i32 step
+    retires: np.ndarray  # i32 step; NEVER
     shock_step: np.ndarray  # i32, step at which SHOCK logits are lost; NEVER
 
 
@@ -138,5 +139,6 @@ def make_world(name: str, regime: Regime, seed: int, steps: int, num_domains: in
         measured=pad(learns_D, False, bool),
         size=pad(size_D, 1.0),
         arrives=pad(arrives_D, 0, np.int32),
+        retires=np.full(num_domains, NEVER, np.int32),
         shock_step=pad(shock_step_D, NEVER, np.int32),
     )

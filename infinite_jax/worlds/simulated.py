@@ -42,9 +42,10 @@ from configs.schema import nearest
 from curriculum import policies
 from curriculum.config import GRADE_PASS, CurriculumConfig
 from curriculum.triage import roster, statistics
+from infinite_jax import decay
 from infinite_jax.retention import Evaluations
 from infinite_jax.worlds.regimes import FIRST_SEED, GRIDS, SHOCK, UNSEEN, Regime, World, make_world
-from infinite_jax.worlds.table import Arm, Runs
+from infinite_jax.worlds.table import NO_PROBE, Arm, Probe, Runs
 
 CUT = 1.5  # logits between the pass mark and the borders of grades 1 and 4
 GROUP = 8  # G, rollouts of a prompt
@@ -114,9 +115,11 @@ def run(
     arms: Sequence[Arm],
     missing: Callable[[str, str], list[int]],
     run_dir: Path | None = None,
+    probe: Probe = NO_PROBE,
 ) -> Iterator[Runs]:
     """Every arm in every chosen regime, on the seeds that `missing(regime, arm name)` names; yields as arms finish."""
     del run_dir  # nothing but the rows is kept
+    withheld = withhold(settings, probe)
     jobs = []
     for arm in arms:
         programs: dict[Program, list[Unit]] = {}
@@ -129,13 +132,36 @@ def run(
             programs.setdefault(program, []).extend(Unit(name, regime, seed) for seed in missing(name, arm.name))
         jobs += [(arm.name, program, units) for program, units in programs.items() if units]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles and runs outside the interpreter's lock
-        for runs in pool.map(lambda job: _job(settings, *job), jobs):
+        for runs in pool.map(lambda job: _job(settings, withheld, *job), jobs):
             yield from runs
 
 
-def _job(settings: Settings, arm: str, program: Program, units: list[Unit]) -> list[Runs]:
+def check(settings: Settings, arms: Sequence[Arm], probe: Probe) -> None:
+    """Raises ValueError, one line, on what cannot be run."""
+    withhold(settings, probe)
+
+
+def withhold(settings: Settings, probe: Probe) -> tuple[int, int] | None:
+    """(domain, step after which it is withheld), or None. Raises ValueError, one line, on a probe that no world has."""
+    if not probe.domain:
+        return None
+    after = probe.after or settings.steps // 2
+    fewest = min(regime.trained for regime in settings.chosen.values())
+    if not probe.domain.isdecimal() or int(probe.domain) >= fewest:
+        raise ValueError(f"probe={probe.domain}: in world=simulated a domain is a number, 0 to {fewest - 1}")
+    if after >= settings.steps:
+        raise ValueError(f"probe_after={after}: must be before the end, sim.steps={settings.steps}")
+    return int(probe.domain), after
+
+
+def _job(
+    settings: Settings, withheld: tuple[int, int] | None, arm: str, program: Program, units: list[Unit]
+) -> list[Runs]:
     """Runs of one arm for units that share a program, one Runs a regime."""
     worlds = [make_world(*unit, settings.steps, program.num_domains) for unit in units]
+    if withheld:
+        for world in worlds:
+            world.retires[withheld[0]] = withheld[1]
     world_U = World(*(np.stack(leaves) for leaves in zip(*worlds)))
     seed_U = np.array([unit.seed for unit in units], np.int32)
     policy = policies.build(program.curriculum)
@@ -146,15 +172,17 @@ def _job(settings: Settings, arm: str, program: Program, units: list[Unit]) -> l
     found = []
     for regime in dict.fromkeys(unit.name for unit in units):
         of = [u for u, unit in enumerate(units) if unit.name == regime]
-        evaluations, shares = [], []
+        evaluations, shares, decays = [], [], []
         for u in of:
             kept = worlds[u].measured
             arrives = worlds[u].arrives[kept].astype(np.float64)
             rate_KD = rate_UKD[u][:, kept].astype(np.float64)
             evaluations.append(Evaluations(at_K, rate_KD, arrives, worlds[u].trained[kept]))
             shares.append(curves.share_KD[u][:, kept])
+            if withheld:
+                decays.append(decay.decay(at_K, rate_UKD[u][:, withheld[0]].astype(np.float64), withheld[1]))
         cost = {"rollouts": float(settings.steps * program.prompts * GROUP)}
-        found.append(Runs(regime, arm, seed_U[of], evaluations, np.stack(shares), cost))
+        found.append(Runs(regime, arm, seed_U[of], evaluations, np.stack(shares), cost, decay_S=tuple(decays)))
     return found
 
 
@@ -172,7 +200,8 @@ def simulate(
       policy, prompts (P), steps, eval_every: static. world: arrays. seed: i32[], of the draws and of the grades.
     """
     D = world.start.shape[0]
-    state = policy.init(seed, roster(D, size=world.size, active=world.trained, arrives=world.arrives))
+    members = roster(D, size=world.size, active=world.trained, arrives=world.arrives, retires=world.retires)
+    state = policy.init(seed, members)
     root = jax.random.key(seed)
 
     def step(carry, number):

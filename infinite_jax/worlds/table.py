@@ -21,10 +21,12 @@ import numpy as np
 from scipy.special import stdtrit
 
 from configs.schema import Config
+from infinite_jax.decay import Decay
 from infinite_jax.retention import Evaluations, summary
 from infinite_jax.statistics import Estimate
 
 COLUMNS = ("world", "regime", "arm", "seed", "metric", "value", "reason")
+PROBE_TIME, PROBE_DECAYED = "probe_time", "probe_decayed"  # from the peak to decay or the end; 1 = it did decay
 END = "end"  # metric of a unit's last line: a unit without it was cut off while being written
 
 
@@ -45,6 +47,17 @@ class Runs(NamedTuple):
     share_STD: np.ndarray | None  # shares, at any thinned steps; for pictures
     cost: dict[str, float]  # of one run: "tokens", "seconds", "rollouts", where known
     extra_S: dict[str, np.ndarray] = {}  # noqa: RUF012  further metrics of this world, a number a seed: "harder"
+    decay_S: tuple[Decay | None, ...] = ()  # with a probe: of the withheld domain, one a seed
+
+
+class Probe(NamedTuple):
+    """A domain that is withheld, so that its decay without practice shows; none where the name is empty."""
+
+    domain: str  # its name; in world=simulated its number
+    after: int  # step after which it is not trained on; 0 = half of the run
+
+
+NO_PROBE = Probe("", 0)
 
 
 class Row(NamedTuple):
@@ -68,6 +81,10 @@ def rows_of(world: str, runs: Runs) -> list[Row]:
         rows += [Row(*unit, name, found.value, found.reason) for name, found in summary(evaluations).items()]
         rows += [Row(*unit, name, float(value_S[s]), "") for name, value_S in runs.extra_S.items()]
         rows += [Row(*unit, f"cost_{name}", value, "") for name, value in runs.cost.items()]
+        if runs.decay_S:
+            found, never = runs.decay_S[s], "the withheld domain never passed once its practice had ended"
+            rows.append(Row(*unit, PROBE_TIME, found.time if found else None, "" if found else never))
+            rows.append(Row(*unit, PROBE_DECAYED, float(found.observed) if found else None, "" if found else never))
         rows.append(Row(*unit, END, 1.0, ""))
     return rows
 
