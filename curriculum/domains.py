@@ -69,8 +69,8 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(f"{where}.test={config.test!r}: give a source of held-out rows")
         if not 0 < config.weight < float("inf"):
             raise ValueError(f"{where}.weight={config.weight}: must be above 0; for share 0 set eval_only: true")
-        if config.arrives < 0:
-            raise ValueError(f"{where}.arrives={config.arrives}: must be a step, 0 or more")
+        if not 0 <= config.arrives <= LAST_STEP:
+            raise ValueError(f"{where}.arrives={config.arrives}: must be a step, 0 or more and at most {LAST_STEP}")
         if config.retires is not None and not config.arrives <= config.retires <= LAST_STEP:
             raise ValueError(
                 f"{where}.retires={config.retires}: must be a step from arrives={config.arrives} on, or left out"

@@ -74,11 +74,16 @@ class Policy(NamedTuple):
 def build(config: CurriculumConfig) -> Policy:
     """The policy that `config.policy` names; the same functions for an equal config, so that jit knows them again."""
     rule = RULES[config.policy]
+
+    def draw(state: TriageState, num_prompts: int) -> Draw:
+        p_D, can_D = probabilities(config, rule, state), eligible(config, rule, state)
+        return draw_domains(config, state, p_D, can_D, num_prompts)
+
     return Policy(
         init=partial(triage.init, config),
         update=partial(feedback.update, config),
         probabilities=partial(probabilities, config, rule),
-        draw=lambda state, num_prompts: draw_domains(config, state, probabilities(config, rule, state), num_prompts),
+        draw=draw,
         metrics=partial(metrics, config, rule),
         lr_scale=partial(lr_scale, config),
         resample=rule.resample,

@@ -163,7 +163,7 @@ def update(
     valid_P = valid_P & jnp.isfinite(pass_P)
     graded_P = jnp.zeros_like(state.acc_ema).at[index_P].add(valid_P.astype(jnp.float32))[index_P]
     sum_P = jnp.zeros_like(state.acc_ema).at[index_P].add(jnp.where(valid_P, pass_P, 0.0))[index_P]
-    moving_P = -jnp.expm1(graded_P * jnp.log1p(-config.beta))
+    moving_P = 1 - (1 - config.beta) ** graded_P  # not by a logarithm: beta = 1 and no group at all is 0
     w_P = jnp.maximum(moving_P, graded_P / (state.visits[index_P] + 1))
     old_P = state.acc_ema[index_P]
     new_P = jnp.clip(old_P + w_P * (sum_P / jnp.maximum(graded_P, 1) - old_P), 0.0, 1.0)

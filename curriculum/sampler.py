@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from curriculum.config import CurriculumConfig, ReservedConfig
-from curriculum.triage import KEY_IMPL, TriageState, drawable, never_tried, steps_waited
+from curriculum.triage import KEY_IMPL, TriageState, never_tried, steps_waited
 
 UNITS = 1 << 30  # share 1 in integer units: i32 keeps headroom for P^2 beside it
 MAX_PROMPTS = 1 << 14
@@ -115,8 +115,10 @@ def reserve(
     return floor_project(p_D, given_D * ((1 + 1e-5) / num_prompts))  # above 1 / P whatever is rounded
 
 
-def draw_domains(config: CurriculumConfig, state: TriageState, p_D: jax.Array, num_prompts: int) -> Draw:
-    """The batch of state.step from shares p_D; the same for the same state, on every host.
+def draw_domains(
+    config: CurriculumConfig, state: TriageState, p_D: jax.Array, can_D: jax.Array, num_prompts: int
+) -> Draw:
+    """The batch of state.step from shares p_D of the domains can_D; the same for the same state, on every host.
 
     The only randomness is fold_in(state's root key, step), consumed here and nowhere else.
     """
@@ -124,7 +126,7 @@ def draw_domains(config: CurriculumConfig, state: TriageState, p_D: jax.Array, n
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data, impl=KEY_IMPL), state.step)
     key_mixed, key_tie = jax.random.split(key)
     if config.reserved.share > 0 and num_prompts > 1:
-        p_D = reserve(config.reserved, state, p_D, drawable(config, state), num_prompts)
+        p_D = reserve(config.reserved, state, p_D, can_D, num_prompts)
     domain_P = systematic(key_mixed, p_D, num_prompts)
     single = jnp.array(False)
     if config.single_every:

@@ -28,8 +28,6 @@ from rubric.evaluator import Grades, RubricEvaluator
 from sharding.rules import sharding, tree_shardings
 
 ROLLOUT_STREAM, EVAL_STREAM = 0, 1  # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
-
-
 Metrics = dict[str, float | int | None]
 
 
@@ -42,9 +40,7 @@ class Round(NamedTuple):
     grades: Grades
 
 
-class Outcome(NamedTuple):
-    """What a step leaves for people to read."""
-
+class Outcome(NamedTuple):  # what a step leaves for people to read
     metrics: Metrics
     sampled: Round  # what the update learnt from
     events: list[dict]  # changes that want attention: {kind, domain, ...}
@@ -201,11 +197,9 @@ class InfiniteGRPOTrainer:
         """
         groups = (-1, self.config.group_size)
         tokens_P = np.asarray(done.rollout.loss_mask_BT).sum(1).reshape(groups).sum(1).astype(np.float32)
-        cost_P = np.ones(len(tokens_P), np.float32)
-        if self.capacity == "tokens":
-            cost_P = tokens_P
-        elif self.capacity == "seconds" and seconds is None:
-            cost_P = np.zeros(len(tokens_P), np.float32)
+        cost_P = tokens_P if self.capacity == "tokens" else np.ones_like(tokens_P)
+        if self.capacity == "seconds" and seconds is None:
+            cost_P = np.zeros_like(tokens_P)
         elif self.capacity == "seconds":
             work_P = tokens_P + np.array([len(prompt.ids) for prompt in done.chosen], np.float32)
             computing = (seconds["time/rollout_s"] + seconds["time/update_s"]) / rounds

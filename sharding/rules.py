@@ -34,6 +34,9 @@ def spec(mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...]) -> Parti
             chosen = ()
         used.update(chosen)
         entries.append(chosen or None)
+    # as the compiler writes the split of an output: P("fsdp", None) is the same split, but another one to jit's cache
+    while entries and entries[-1] is None:
+        entries.pop()
     return PartitionSpec(*entries)
 
 

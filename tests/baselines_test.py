@@ -98,6 +98,11 @@ def test_sequential_by_arrival_trains_the_latest():
         np.testing.assert_allclose(shares("sequential", "phase_steps=0")(state(members, step=step)), expected)
 
 
+def test_reserved_slots_are_not_for_those_whose_turn_it_is_not():
+    draw = policy("sequential", "phase_steps=10", "reserved.share=0.5").draw
+    np.testing.assert_array_equal(draw(state(step=12), 8).counts_D, [0, 8, 0, 0])
+
+
 @pytest.mark.parametrize("name", ["sec", "dump"])
 def test_bandits_leave_dead_and_solved_domains_and_are_trapped_by_a_coin(name):
     """Group outcomes 0/8, 4/8, 8/8: |A| / deviation is 0, 1, 0; after some steps the coin has most of the batch."""

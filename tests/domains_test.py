@@ -154,6 +154,7 @@ FINE = DomainConfig("a", train="gen:copy", test="gen:copy,split=test")
         ({"weight": 0.0}, "domains[1].weight=0.0: must be above 0; for share 0 set eval_only: true"),
         ({"weight": float("nan")}, "domains[1].weight=nan: must be above 0"),
         ({"arrives": -1}, "domains[1].arrives=-1: must be a step, 0 or more"),
+        ({"arrives": 2**31}, "domains[1].arrives=2147483648: must be a step"),
         ({"arrives": 5, "retires": 4}, "domains[1].retires=4: must be a step from arrives=5 on, or left out"),
         ({"retires": 2**31 - 1}, "domains[1].retires=2147483647: must be a step"),
         (

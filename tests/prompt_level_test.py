@@ -170,6 +170,8 @@ def test_copies_of_a_prompt_count_together_and_invalid_groups_not_at_all():
     np.testing.assert_allclose(after.acc_ema, [0.5 + 0.51 * 0.25, 0.5 + 0.25 * 2 / 3, 0.5, 0.5], rtol=1e-6)
     same = prompt_level.update(CONFIG, state, index, passed, jnp.zeros(5, bool))
     np.testing.assert_array_equal(same.acc_ema, state.acc_ema)
+    newest = prompt_level.update(dataclasses.replace(CONFIG, beta=1.0), state, index, passed, jnp.ones(5, bool))
+    np.testing.assert_allclose(newest.acc_ema, [0.75, 0.75, 0.5, 0.5])  # a prompt not graded stays a number
 
 
 def test_growth_leaves_every_other_prompt_bit_identical():

@@ -141,6 +141,7 @@ def test_dynamic_sampling_replaces_groups_without_a_difference():
     np.testing.assert_array_equal(made.rollout.tokens_BT[4:6], tokens[0:2] + 200)
     np.testing.assert_array_equal(made.rollout.domain_B, ROLLOUT.domain_B[[4, 5, 2, 3, 0, 1, 6, 7]])
     np.testing.assert_array_equal(made.rollout.prompt_B, ROLLOUT.prompt_B)
+    assert isinstance(made.rollout.domain_B, np.ndarray)  # as without a second round: what follows is compiled once
     assert made.replies == ["4", "5", "2", "3", "0", "1", "6", "7"]
 
 
@@ -161,6 +162,7 @@ def test_the_cost_of_a_domain_is_in_the_unit_of_capacity(capacity, expected):
     expected = [3 * 6 / 26 + 0.1, 3 * 6 / 26 + 0.1, 3 * 14 / 26 + 0.2, 0]
     np.testing.assert_allclose(self.statistics(done, seconds, 1).cost_sum, expected, rtol=1e-6)
     np.testing.assert_allclose(self.statistics(done, seconds, 2).cost_sum, np.array(expected) / 2, rtol=1e-6)
+    assert not self.statistics(done, None, 1).cost_sum.any()  # the step compiled: not known, which the triage skips
 
 
 def test_every_step_and_stream_has_a_key_of_its_own():
