@@ -14,7 +14,7 @@ from infinite_jax import ablate, batch, grpo
 from infinite_jax.rollout import Sampling, generate
 from infinite_jax.score import Scorer
 from infinite_jax.types import Rollout
-from infinite_jax.worlds import compiled, practice, stage, tasks
+from infinite_jax.worlds import compiled, practice, side_by_side, stage, tasks
 from infinite_jax.worlds.compiled import Sample
 from infinite_jax.worlds.tasks import Rows
 from models import policy
@@ -93,6 +93,7 @@ def by_hand(program, world, reference, state):
     return compiled.State(train, triage, jnp.asarray(cursor_D), None), len(np.concatenate(replies))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_trainers_functions_one_by_one():
     program = compiled.compose(TINY, arm("faithful"), "zipf+noisy")
     world = stage.make_world(TINY, "zipf+noisy", SEED)
@@ -126,50 +127,46 @@ def test_right_answers_are_graded_right():
 
 
 def test_one_start_and_one_draw_of_rows_for_all_arms(monkeypatch):
-    """The plumbing of `run` with the programs replaced: what goes into every arm's program, and what is left out."""
+    """The plumbing of `run` with the programs replaced: what goes into every arm's program, and what comes out."""
     calls = []
 
-    def fake(function, size, inputs, shared=()):
-        calls.append((function, inputs, shared))
-        number = len(inputs[0])
-        if function.func is not compiled._unit:
-            return {function.func.__name__: np.array(inputs[0])}
-        return compiled.Curves(
-            *(np.full((number, k, d), 0.5) for k, d in ((3, 10), (3, 10), (2, 12))), np.ones((number, 2))
-        )
+    def build(function, size, inputs, shared=()):
+        calls.append((function.func.__name__, inputs, shared))
+        shapes = ((3, 10), (3, 10), (2, 12), (2,))
+        halves = compiled.Curves(*(np.full((size, *shape), 0.5) for shape in shapes))
+        call = (lambda *_: halves) if function.func is compiled._unit else (lambda seeds: {"given": seeds})
+        return side_by_side.Executable(size, call)
 
-    monkeypatch.setattr(compiled, "mapped", fake)
+    monkeypatch.setattr(side_by_side, "build", build)
     settings = dataclasses.replace(TINY, regimes=("plain", "zipf"))
-    wanted = {
-        ("plain", "uniform"): [4, 5],
-        ("zipf", "uniform"): [],
-        ("plain", "faithful"): [5],
-        ("zipf", "faithful"): [7],
-    }
-    found = list(compiled.run(settings, [arm("uniform"), arm("faithful")], lambda *unit: wanted[unit]))
+    wanted = {"plain": {"uniform": [4, 5], "faithful": [5]}, "zipf": {"uniform": [], "faithful": [7]}}
+    arms = [arm("uniform"), arm("faithful")]
+    found = list(compiled.run(settings, arms, lambda regime, name: wanted[regime][name]))
     assert [(r.arm, r.world, r.seed_S.tolist()) for r in found] == [
         ("uniform", "plain", [4, 5]),
         ("faithful", "plain", [5]),
         ("faithful", "zipf", [7]),
     ]
+    assert [name for name, *_ in calls] == ["make_data", "make_start", "_unit", "_unit"]
     (_, (seeds,), _), (_, (starts,), _), first, second = calls
-    assert seeds.tolist() == starts.tolist() == [4, 5, 7]  # made once
-    assert first[2][0] is second[2][0]  # the same rows and starts
-    assert [call[1][0].tolist() for call in (first, second)] == [[0, 1], [1, 2]]  # whose, by place
+    assert seeds.tolist() == starts.tolist() == [4, 5, 7]
+    assert all(one is other for one, other in zip(first[2], second[2]))  # the same rows and starts,
+    assert [call[1][0].tolist() for call in (first, second)] == [[0, 1], [1, 2]]  # each seed's by its place
     assert [call[1][2].tolist() for call in (first, second)] == [[4, 5], [5, 7]]
     assert found[0].cost["tokens"] == 1 and found[0].extra_S["harder"].tolist() == [0.5, 0.5]
-    assert list(compiled.run(settings, [arm("uniform")], lambda *_: [])) == []
+    assert list(compiled.run(settings, arms, lambda *_: [])) == []
 
 
 def test_a_last_part_is_filled_up():
-    sizes = []
+    traced = []
 
     def double(x, shared):
-        sizes.append(x.shape)
+        traced.append(x.shape)
         return 2 * x + shared
 
-    found = compiled.mapped(double, 3, (np.arange(7.0),), (1.0,))
-    assert found.tolist() == [1, 3, 5, 7, 9, 11, 13] and sizes == [()]  # traced once
+    inputs, shared = (np.arange(7.0),), (1.0,)
+    found = side_by_side.run(side_by_side.build(double, 3, inputs, shared), inputs, shared)
+    assert found.tolist() == [1, 3, 5, 7, 9, 11, 13] and traced == [()]
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,16 @@ compiled.draw=tuning and judged on those of compiled.draw=judging, which share n
 With dynamic sampling a step is still P groups, so that all arms generate the same number of rollouts: groups without a
 difference are thrown away, the others wait, at unchanged parameters, until they fill a batch.
 
-Left out: dynamic difficulty and prompt-level draws (rows have no levels or priorities), domains that retire, several
-devices (a run is far too small for one).
+Left out: dynamic difficulty and prompt-level draws (rows have no levels or priorities), several devices (a run is far
+too small for one).
 """
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import AlgorithmConfig, nearest
+from configs.schema import AlgorithmConfig
 from curriculum import policies
 from curriculum.config import CurriculumConfig
 from curriculum.triage import TriageState
@@ -42,14 +44,12 @@ from infinite_jax.rollout import Sampling, generate
 from infinite_jax.score import Scorer
 from infinite_jax.trainer import ROLLOUT_STREAM, stream_key
 from infinite_jax.types import Params, Rollout, TrainState
-from infinite_jax.worlds import stage, tasks
+from infinite_jax.worlds import side_by_side, stage, tasks
 from infinite_jax.worlds.stage import Data, Settings, World
 from infinite_jax.worlds.table import NO_PROBE, Arm, Probe, Runs
 from infinite_jax.worlds.tasks import Rows
 from models.architectures import DecoderConfig
 from rubric.evaluator import PASS_GRADE, Grades
-
-__all__ = ["Settings", "run"]
 
 
 class Program(NamedTuple):
@@ -120,7 +120,7 @@ def sample(program: Program, data: Data, world: World, seed: jax.Array, state: S
 
 
 def gathered(waiting: Sample, fresh: Sample) -> Sample:
-    """The first P useful groups of both, filled up with others while there are fewer."""
+    """The first P useful groups of both, filled up with others while there are fewer; useful ones beyond are lost."""
     prompts, rows = len(fresh.useful_P), len(fresh.grades.grade_B)
     useful = jnp.concatenate([waiting.useful_P, fresh.useful_P])
     group_P = jnp.argsort(~useful, stable=True)[:prompts]
@@ -219,67 +219,56 @@ def run(
     Yields as arms finish. A seed's data and start are the same in all worlds and for all arms.
     """
     del run_dir  # nothing but the rows is kept
-    withheld = withhold(settings, probe)
+    withheld = stage.withhold(settings, probe)
     jobs: dict[tuple[str, Program], list[tuple[str, int]]] = {}
     for arm in arms:
         for regime in settings.regimes:
-            units = [(regime, seed) for seed in missing(regime, arm.name)]
-            jobs.setdefault((arm.name, compose(settings, arm, regime)), []).extend(units)
+            program = compose(settings, arm, regime)
+            if units := [(regime, seed) for seed in missing(regime, arm.name)]:
+                jobs.setdefault((arm.name, program), []).extend(units)
     seeds = sorted({seed for units in jobs.values() for _, seed in units})
     if not seeds:
         return
-    seed_S = np.array(seeds, np.int32)
-    data_S = mapped(functools.partial(stage.make_data, settings), settings.parallel, (seed_S,))
-    start_S = mapped(functools.partial(stage.make_start, settings), settings.parallel, (seed_S,))
-    shared = jax.device_put((data_S, start_S))
-    for (name, program), units in jobs.items():
-        if units:
-            began = time.perf_counter()
-            world_U = jax.tree.map(lambda *x: np.stack(x), *(stage.make_world(settings, *unit) for unit in units))
-            if withheld:
-                world_U.members.retires[:, withheld[0]] = withheld[1]
-            place_U, seed_U = (np.array(x, np.int32) for x in zip(*((seeds.index(s), s) for _, s in units)))
+    seed_S = (np.array(seeds, np.int32),)
+    made = [functools.partial(make, settings) for make in (stage.make_data, stage.make_start)]
+    shared = jax.device_put(
+        tuple(side_by_side.run(side_by_side.build(each, settings.parallel, seed_S), seed_S) for each in made)
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside the interpreter's lock
+        queue = []
+        for (name, program), units in jobs.items():
+            inputs = _inputs(settings, withheld, seeds, units)
             one = functools.partial(_unit, program)
-            curves = mapped(one, settings.parallel, (place_U, world_U, seed_U), shared)
+            queue.append((name, units, inputs, pool.submit(side_by_side.build, one, settings.parallel, inputs, shared)))
+        for name, units, inputs, compiling in queue:
+            executable, began = compiling.result(), time.perf_counter()
+            curves = side_by_side.run(executable, inputs, shared)
             seconds = (time.perf_counter() - began) / len(units)
-            yield from _results(settings, name, units, world_U, curves, seconds, withheld)
+            yield from _results(settings, name, units, inputs[1], curves, seconds, withheld)
 
 
 def check(settings: Settings, arms: Sequence[Arm], probe: Probe) -> None:
     """Raises ValueError, one line, on what cannot be run."""
-    withhold(settings, probe)
+    stage.withhold(settings, probe)
     for arm in arms:
         for regime in settings.regimes:
             compose(settings, arm, regime)
 
 
-def withhold(settings: Settings, probe: Probe) -> tuple[int, int] | None:
-    """(domain, step after which it is withheld), or None. Raises ValueError, one line, on one that is not there."""
-    if not probe.domain:
-        return None
-    trained, after = tasks.DRAWS[settings.draw][: tasks.TRAINED], probe.after or settings.steps // 2
-    if probe.domain not in trained:
-        raise ValueError(f"probe={probe.domain}: not a domain trained on; {nearest(probe.domain, trained)}")
-    if after >= settings.steps:
-        raise ValueError(f"probe_after={after}: must be before the end, compiled.steps={settings.steps}")
-    return trained.index(probe.domain), after
+def _inputs(
+    settings: Settings, withheld: tuple[int, int] | None, seeds: Sequence[int], units: Sequence[tuple[str, int]]
+) -> tuple[np.ndarray, World, np.ndarray]:
+    """For each unit (world, seed): the place of its seed in `seeds`, the world's arrays, the seed."""
+    world_U = jax.tree.map(lambda *x: np.stack(x), *(stage.make_world(settings, *unit) for unit in units))
+    if withheld:
+        world_U.members.retires[:, withheld[0]] = withheld[1]
+    place_U, seed_U = (np.array(x, np.int32) for x in zip(*((seeds.index(seed), seed) for _, seed in units)))
+    return place_U, world_U, seed_U
 
 
 def _unit(program: Program, place: jax.Array, world: World, seed: jax.Array, data_S: Data, start_S: Params) -> Curves:
     data, start = jax.tree.map(lambda x: x[place], (data_S, start_S))
     return learn(program, data, world, start, seed)
-
-
-def mapped(function: Callable, size: int, inputs: tuple, shared: tuple = ()):
-    """function(*inputs, *shared) over the leading axis of all inputs, `size` at a time under vmap; numpy leaves."""
-    total = len(jax.tree.leaves(inputs)[0])
-    size = min(size, total)
-    program = jax.jit(jax.vmap(function, in_axes=(0,) * len(inputs) + (None,) * len(shared)))
-    outputs = []
-    for first in range(0, total, size):
-        rows = np.minimum(np.arange(first, first + size), total - 1)  # the last part is filled up: one shape
-        outputs.append(jax.device_get(program(*jax.tree.map(lambda x, rows=rows: x[rows], inputs), *shared)))
-    return jax.tree.map(lambda *x: np.concatenate(x)[:total], *outputs)
 
 
 def _results(

@@ -24,6 +24,7 @@ from curriculum.triage import Roster, roster
 from infinite_jax.rollout import Sampling, generate
 from infinite_jax.types import Params
 from infinite_jax.worlds import practice, tasks
+from infinite_jax.worlds.table import Probe
 from infinite_jax.worlds.tasks import Rows
 from models.architectures import DecoderConfig, Rope
 from rubric.evaluator import PASS_GRADE
@@ -168,6 +169,18 @@ def make_world(settings: Settings, regime: str, seed: int) -> World:
         active_D[names.index(name)] = name in conditions
     members = roster(len(names), size=size_D, active=active_D, arrives=arrives_D)
     return World(members, jnp.arange(len(names)) == names.index("noisy"))
+
+
+def withhold(settings: Settings, probe: Probe) -> tuple[int, int] | None:
+    """(domain, step after which it is withheld), or None. Raises ValueError, one line, on one that is not there."""
+    if not probe.domain:
+        return None
+    trained, after = tasks.DRAWS[settings.draw][: tasks.TRAINED], probe.after or settings.steps // 2
+    if probe.domain not in trained:
+        raise ValueError(f"probe={probe.domain}: not a domain trained on; {nearest(probe.domain, trained)}")
+    if after >= settings.steps:
+        raise ValueError(f"probe_after={after}: must be before the end, compiled.steps={settings.steps}")
+    return trained.index(probe.domain), after
 
 
 def pass_rates(decoder: DecoderConfig, params: Params, rows: Rows, key: jax.Array) -> jax.Array:
