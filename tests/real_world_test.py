@@ -26,6 +26,7 @@ def finished(tmp_path_factory):
     return folder, given
 
 
+@pytest.mark.slow
 def test_every_run_ends_with_the_step_that_reaches_the_bound(finished):
     for arm in ("uniform", "faithful"):
         rows = record.read(finished[0] / "real" / "own" / arm / "0" / "metrics.jsonl")
@@ -33,6 +34,7 @@ def test_every_run_ends_with_the_step_that_reaches_the_bound(finished):
         assert "eval/macro" in rows[-1]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_unit_a_run_and_its_measures_are_over_tokens(finished):
     found = table.values(table.load(finished[0] / "ablate.csv"), "real")
     assert set(found["own", "uniform", "aurc"]) == set(found["own", "faithful", "aurc"]) == {0}
@@ -44,6 +46,7 @@ def test_the_table_has_a_unit_a_run_and_its_measures_are_over_tokens(finished):
     assert found["own", "faithful", "cost_tokens"][0] == at[-1]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_read_and_not_run(finished, monkeypatch):
     folder, given = finished
     monkeypatch.setattr(real, "once", lambda *_: pytest.fail("it was run again"))
@@ -55,6 +58,7 @@ def test_what_is_finished_is_read_and_not_run(finished, monkeypatch):
     assert sorted(map(str, table.load(folder / "ablate.csv"))) == sorted(map(str, before))
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_settings_is_refused(finished, capsys):
     folder, given = finished
     path = folder / "real" / "own" / "uniform" / "0" / "config.yaml"
@@ -69,6 +73,7 @@ def test_a_finished_run_of_other_settings_is_refused(finished, capsys):
     assert f"{path}: curriculum.beta=0.06, wanted 0.05: remove the folder" in message
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_does_not_count(finished, tmp_path):
     config = real.in_regime(ablate.compose_arm("faithful", "config", None, SMALL), real.OWN)
     rows = record.read(finished[0] / "real" / "own" / "faithful" / "0" / "metrics.jsonl")

@@ -89,7 +89,7 @@ def assert_begins_with(new, old) -> None:
         np.testing.assert_array_equal(b if b.ndim == 0 else b[: len(a)], a, err_msg=where)
 
 
-@pytest.mark.parametrize("kind", ["three", "priorities"])
+@pytest.mark.parametrize("kind", ["three", pytest.param("priorities", marks=pytest.mark.slow)])
 def test_growth_leaves_every_other_leaf_bit_identical(kind, setting, request):
     run = request.getfixturevalue(kind)
     step, before = restored(run)
@@ -115,6 +115,7 @@ def test_growth_leaves_every_other_leaf_bit_identical(kind, setting, request):
     assert any(np.any(leaf) for leaf in jax.tree.leaves(before.position))  # there was something to keep
 
 
+@pytest.mark.slow
 def test_an_added_domain_is_drawn_and_evaluated_and_the_others_go_on(priorities, setting, tmp_path, capsys):
     run, folder = priorities, copied(priorities, tmp_path)
     assert resume.main([str(folder), "run.steps=6", f"add={setting / 'more.yaml'}"]) == 0
@@ -145,6 +146,7 @@ def test_an_added_domain_is_drawn_and_evaluated_and_the_others_go_on(priorities,
     assert step == 6 and state.curriculum.visits[3] > 0
 
 
+@pytest.mark.slow
 def test_levels_and_priorities_move_with_the_grades(priorities):
     """Sets of copy, seen, add at levels 1 and 2: the level of a step's start says which of the two is drawn."""
     rows = record.read(priorities / "metrics.jsonl")
@@ -167,6 +169,7 @@ def timeless(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_change_or_fallen_back_before_it_comes_to_the_same_end(
     three, setting, tmp_path, monkeypatch
 ):
