@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         probe = Probe(config.probe, config.probe_after)
         world.check(settings, arms, probe)
         remember(run_dir, config.world, settings, arms, probe)
-    rows += run(run_dir, config, world, settings, arms, rows)
+    rows += run(run_dir, config, world, settings, arms, probe, rows)
     report(run_dir, config, rows)
     return cli.DONE
 
@@ -198,6 +198,7 @@ def run(
     world: ModuleType,
     settings: Any,
     arms: Sequence[Arm],
+    probe: Probe,
     rows: Sequence[table.Row],
 ) -> list[table.Row]:
     """Runs what `rows` lack and appends it to RUN_DIR/ablate.csv as it finishes; the new rows."""
@@ -208,7 +209,6 @@ def run(
         return [seed for seed in range(first, first + config.seeds) if (regime, arm, seed) not in done]
 
     new = []
-    probe = Probe(config.probe, config.probe_after)
     found = iter(world.run(settings, arms, missing, run_dir=run_dir, probe=probe))
     for arm, group in itertools.groupby(found, key=lambda runs: runs.arm):
         print(f"{arm}:", end="", flush=True)

@@ -4,6 +4,7 @@ python -m infinite_jax.evaluate RUN_DIR [step=best|N] [eval.*=...] [mesh.*=...]
 python -m infinite_jax.evaluate model.path=DIR [--config-name NAME] [--config-dir DIR] [key=value ...]
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = run_folder.load_config(run_dir, overrides, also_free=("eval",))
         else:
             run_dir, config = None, cli.compose_config(given.config_name, given.config_dir, given.overrides)
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, canary=False))  # not shown here
         set_up_runtime(config)
         session = open_session(config)
         state = session.state

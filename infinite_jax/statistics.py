@@ -103,8 +103,17 @@ def paired(
         return None
     a_S, b_S = _both(values_a_S, values_b_S)
     difference_S = 100 * (a_S - b_S) / b_S if relative else a_S - b_S
-    n, mean = len(difference_S), float(difference_S.mean())
-    half = float(stdtrit(n - 1, (1 + confidence) / 2) * difference_S.std(ddof=1) / np.sqrt(n))
+    return t_interval(difference_S, confidence)
+
+
+def t_interval(values_S: Sequence[float], confidence: float = 0.95) -> Estimate | None:
+    """Mean of S seeds' values with Student's t interval over seeds; None for fewer than two."""
+    values_S = np.asarray(values_S, np.float64)
+    n = len(values_S)
+    if n < 2:
+        return None
+    mean = float(values_S.mean())
+    half = float(stdtrit(n - 1, (1 + confidence) / 2) * values_S.std(ddof=1) / np.sqrt(n))
     return Estimate(mean, mean - half, mean + half)
 
 

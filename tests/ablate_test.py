@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import cli
-from infinite_jax import ablate
+from infinite_jax import ablate, statistics
 from infinite_jax.retention import Evaluations
 from infinite_jax.worlds import criteria, plots, simulated, table
 from infinite_jax.worlds.criteria import verdict
@@ -105,10 +105,10 @@ def test_paired_differences_by_hand():
         a=dict(aurc=[0.6, 0.5, 0.8], worst=[0.1, 0.2, 0.6]), b=dict(aurc=[0.5, 0.5, 0.5], worst=[0.1, 0.1, 0.1])
     )
     assert table.differences(found, ["plain"], "a", "b", "aurc") == pytest.approx([20, 0, 60])
-    estimate = table.interval([0.0, 0.1, 0.5])
+    estimate = statistics.t_interval([0.0, 0.1, 0.5])
     # mean .2, sd .264575, t(2) = 4.302653: half = 4.302653 * .264575 / sqrt(3)
     assert estimate == pytest.approx((0.2, 0.2 - 0.657241, 0.2 + 0.657241), abs=1e-5)
-    assert table.interval([0.3]) is None
+    assert statistics.t_interval([0.3]) is None
     found["late", "a", "worst"], found["late", "b", "worst"] = {0: 0.5, 2: 0.2}, {0: 0.1, 1: 0.4, 2: 0.0}
     assert table.differences(found, ["plain", "late"], "a", "b", "worst") == pytest.approx([0.2, 0.35])  # seeds 0 and 2
     lines = table.paired(found, ["b"])

@@ -17,8 +17,8 @@ from rich.table import Column, Table
 
 from infinite_jax import decay
 from infinite_jax.progress import as_text, number
-from infinite_jax.statistics import Estimate
-from infinite_jax.worlds.table import ALL, PROBE_DECAYED, PROBE_TIME, Values, differences, interval, names
+from infinite_jax.statistics import Estimate, t_interval
+from infinite_jax.worlds.table import ALL, PROBE_DECAYED, PROBE_TIME, Values, differences, names
 
 AURC_GAIN = 25.0  # per cent
 ALTERNATION_GAIN = 12.0  # per cent
@@ -62,7 +62,7 @@ def _cell(found: Values, regimes: Sequence[str], arm: str, baseline: str, metric
     if arm == baseline:
         return "0"
     scale = 1 if metric == "aurc" else 100
-    return plus_minus(interval([scale * d for d in differences(found, regimes, arm, baseline, metric)]), 1)
+    return plus_minus(t_interval([scale * d for d in differences(found, regimes, arm, baseline, metric)]), 1)
 
 
 def plus_minus(estimate: Estimate | None, digits: int) -> str:
@@ -95,8 +95,8 @@ def criteria(found: Values, judged: Sequence[str]) -> list[Criterion]:
             if baseline not in arms:
                 rows.append(Criterion(claim, f"arm {baseline} was not run", "not measured"))
                 continue
-            overall = interval(differences(found, regimes, arm, baseline, "aurc"))
-            each = [interval(differences(found, [regime], arm, baseline, "aurc")) for regime in regimes]
+            overall = t_interval(differences(found, regimes, arm, baseline, "aurc"))
+            each = [t_interval(differences(found, [regime], arm, baseline, "aurc")) for regime in regimes]
             met = sum(estimate is not None and estimate.low >= AURC_GAIN for estimate in each)
             measured = f"{plus_minus(overall, 1)} %; met in {met} of {len(regimes)} regimes"
             rows.append(Criterion(claim, measured, verdict(overall, AURC_GAIN)))
@@ -115,7 +115,7 @@ def alternation(found: Values) -> list[Criterion]:
         if metric not in metrics or not differences(found, regimes, WITH, WITHOUT, metric):
             rows.append(Criterion(claim, f"this world has no metric {metric}", "not measured"))
             continue
-        estimate = interval(differences(found, regimes, WITH, WITHOUT, metric))
+        estimate = t_interval(differences(found, regimes, WITH, WITHOUT, metric))
         rows.append(Criterion(claim, plus_minus(estimate, 4), verdict(estimate, 0.0)))
         level_S = [v for regime in regimes for v in found.get((regime, WITHOUT, metric), {}).values()]
         level = sum(level_S) / len(level_S)

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from infinite_jax.retention import curves
-from infinite_jax.worlds.table import Runs, Values, differences, interval, names
+from infinite_jax.statistics import t_interval
+from infinite_jax.worlds.table import Runs, Values, differences, names
 
 COLOURS = matplotlib.colormaps["turbo"]
 GAIN_COLOURS = matplotlib.colormaps["tab10"]
@@ -118,7 +119,7 @@ def gains_figure(found: Values, baseline: str, metric: str) -> Figure:
     axes_R = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes, regime in zip(axes_R, regimes):
         for y, arm in enumerate(arms):
-            estimate = interval(differences(found, [regime], arm, baseline, metric))
+            estimate = t_interval(differences(found, [regime], arm, baseline, metric))
             if estimate is not None:
                 colour = GAIN_COLOURS(0 if estimate.low > 0 else 3 if estimate.high < 0 else 7)
                 axes.plot(estimate[1:], [y, y], color=colour, lw=2)

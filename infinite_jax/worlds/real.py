@@ -12,6 +12,7 @@ Left out: checkpoints (a run is short; what resumes is the ablation).
 """
 
 import dataclasses
+import functools
 import re
 import shutil
 import time
@@ -98,6 +99,7 @@ def plan(
     return sorted(units, key=lambda unit: unit[2])  # a stable sort: within a seed in the order above
 
 
+@functools.cache  # composed once, though asked for to check and to plan
 def in_regime(arm: Arm, regime: str) -> Config:
     """The arm's configuration with the regime's domains. Raises ValueError, one line, where there is no such file."""
     return schema.located(arm.config if regime == OWN else arm.compose([f"domains={regime}"]))
@@ -112,9 +114,7 @@ def withhold(config: Config, probe: Probe) -> Config:
         raise ValueError(
             f"probe={probe.domain}: not a domain that is trained on; {schema.nearest(probe.domain, trained)}"
         )
-    after = probe.after or config.run.steps // 2
-    if after >= config.run.steps:
-        raise ValueError(f"probe_after={after}: must be before the end, run.steps={config.run.steps}")
+    after = probe.ends(config.run.steps, "run.steps")
     domains = [
         dataclasses.replace(domain, retires=after) if domain.name == probe.domain else domain
         for domain in config.domains

@@ -145,13 +145,10 @@ def withhold(settings: Settings, probe: Probe) -> tuple[int, int] | None:
     """(domain, step after which it is withheld), or None. Raises ValueError, one line, on a probe that no world has."""
     if not probe.domain:
         return None
-    after = probe.after or settings.steps // 2
     fewest = min(regime.trained for regime in settings.chosen.values())
     if not probe.domain.isdecimal() or int(probe.domain) >= fewest:
         raise ValueError(f"probe={probe.domain}: in world=simulated a domain is a number, 0 to {fewest - 1}")
-    if after >= settings.steps:
-        raise ValueError(f"probe_after={after}: must be before the end, sim.steps={settings.steps}")
-    return int(probe.domain), after
+    return int(probe.domain), probe.ends(settings.steps, "sim.steps")
 
 
 def _job(

@@ -175,12 +175,10 @@ def withhold(settings: Settings, probe: Probe) -> tuple[int, int] | None:
     """(domain, step after which it is withheld), or None. Raises ValueError, one line, on one that is not there."""
     if not probe.domain:
         return None
-    trained, after = tasks.DRAWS[settings.draw][: tasks.TRAINED], probe.after or settings.steps // 2
+    trained = tasks.DRAWS[settings.draw][: tasks.TRAINED]
     if probe.domain not in trained:
         raise ValueError(f"probe={probe.domain}: not a domain trained on; {nearest(probe.domain, trained)}")
-    if after >= settings.steps:
-        raise ValueError(f"probe_after={after}: must be before the end, compiled.steps={settings.steps}")
-    return trained.index(probe.domain), after
+    return trained.index(probe.domain), probe.ends(settings.steps, "compiled.steps")
 
 
 def pass_rates(decoder: DecoderConfig, params: Params, rows: Rows, key: jax.Array) -> jax.Array:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 from configs.schema import Config
 from infinite_jax.decay import Decay
 from infinite_jax.retention import Evaluations, summary
-from infinite_jax.statistics import Estimate
+from infinite_jax.statistics import Estimate, t_interval
 
 COLUMNS = ("world", "regime", "arm", "seed", "metric", "value", "reason")
 PROBE_TIME, PROBE_DECAYED = "probe_time", "probe_decayed"  # from the peak to decay or the end; 1 = it did decay
@@ -55,6 +54,13 @@ class Probe(NamedTuple):
 
     domain: str  # its name; in world=simulated its number
     after: int  # step after which it is not trained on; 0 = half of the run
+
+    def ends(self, steps: int, key: str) -> int:
+        """The step after which it is withheld in a run of so many, whose key is `key`. Raises ValueError, one line."""
+        after = self.after or steps // 2
+        if after >= steps:
+            raise ValueError(f"probe_after={after}: must be before the end, {key}={steps}")
+        return after
 
 
 NO_PROBE = Probe("", 0)
@@ -143,15 +149,6 @@ def values(rows: Iterable[Row], world: str) -> Values:
     return found
 
 
-def interval(difference_S: Sequence[float]) -> Estimate | None:
-    """Mean with its 95 % t interval over seeds; None for fewer than two of them."""
-    d_S = np.asarray(difference_S, np.float64)
-    if len(d_S) < 2:
-        return None
-    half = float(stdtrit(len(d_S) - 1, 0.975) * d_S.std(ddof=1) / np.sqrt(len(d_S)))
-    return Estimate(float(d_S.mean()), float(d_S.mean()) - half, float(d_S.mean()) + half)
-
-
 def differences(found: Values, regimes: Sequence[str], arm: str, baseline: str, metric: str) -> list[float]:
     """A seed's difference, mean over the regimes; in per cent of the baseline for aurc. Seeds that both arms have."""
     each = []
@@ -198,7 +195,7 @@ def paired(found: Values, baselines: Sequence[str]) -> list[Paired]:
                     if arm == baseline:
                         continue
                     d_S = differences(found, regimes if regime == ALL else [regime], arm, baseline, metric)
-                    lines.append(Paired(regime, arm, baseline, metric, unit, len(d_S), interval(d_S)))
+                    lines.append(Paired(regime, arm, baseline, metric, unit, len(d_S), t_interval(d_S)))
     return lines
 
 
