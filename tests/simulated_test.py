@@ -10,8 +10,8 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from infinite_jax.ablate import compose_arm
+from infinite_jax.statistics import t_interval
 from infinite_jax.worlds import simulated
-from infinite_jax.worlds.criteria import interval
 from infinite_jax.worlds.regimes import DEFAULT, GRIDS, HELDOUT, NEVER, PLAIN, Regime, make_world
 from infinite_jax.worlds.simulated import Settings
 from infinite_jax.worlds.table import differences, rows_of, values
@@ -140,7 +140,7 @@ def found():
 
 
 def gain(found, regime, arm, baseline, metric):
-    estimate = interval(differences(found[1], [regime], arm, baseline, metric))
+    estimate = t_interval(differences(found[1], [regime], arm, baseline, metric))
     return estimate.low, estimate.high
 
 
