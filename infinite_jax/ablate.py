@@ -40,6 +40,7 @@ class AblateConfig:
     world: str  # simulated | compiled | real
     arms: tuple[str, ...]  # curriculum presets, with changes after a comma
     seeds: int  # paired
+    first_seed: int  # seeds first_seed .. first_seed + seeds - 1
     baselines: tuple[str, ...]  # arms that all others are compared with
     judged: tuple[str, ...]  # arms held to the AURC criteria
     pictures: tuple[str, ...]  # arms drawn
@@ -51,6 +52,8 @@ class AblateConfig:
             raise ValueError(f"world={self.world}: {schema.nearest(self.world, WORLDS)}")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: must be at least 1")
+        if self.first_seed < 0:
+            raise ValueError(f"first_seed={self.first_seed}: must be at least 0")
         if self.probe_after < 0:
             raise ValueError(f"probe_after={self.probe_after}: must be a step, 0 or more")
         if not self.arms:
@@ -203,7 +206,7 @@ def run(
 ) -> list[table.Row]:
     """Runs what `rows` lack and appends it to RUN_DIR/ablate.csv as it finishes; the new rows."""
     done = {(row.regime, row.arm, row.seed) for row in rows if row.world == config.world}
-    first = getattr(settings, "first_seed", 0)
+    first = config.first_seed + getattr(settings, "first_seed", 0)  # policies are chosen on seeds of their own
 
     def missing(regime: str, arm: str) -> list[int]:
         return [seed for seed in range(first, first + config.seeds) if (regime, arm, seed) not in done]

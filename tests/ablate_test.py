@@ -57,6 +57,14 @@ def test_what_is_finished_is_not_run_again(ablation, monkeypatch):
     assert (ablation / "ablate.csv").read_bytes() == before and not asked
 
 
+def test_more_seeds_are_added_from_the_first_on(ablation, tmp_path):
+    for name in ("ablate.csv", "ablate.yaml"):
+        (tmp_path / name).write_text((ablation / name).read_text())
+    assert ablate.main([*SMALL, "first_seed=2", "seeds=2", f"run.dir={tmp_path}"]) == cli.DONE
+    assert {row["seed"] for row in lines(tmp_path)} == {"0", "1", "2", "3"}
+    assert lines(tmp_path)[: len(lines(ablation))] == lines(ablation)
+
+
 def test_a_unit_cut_off_while_being_written_is_run_again(ablation, tmp_path, monkeypatch):
     whole = (ablation / "ablate.csv").read_text()
     for name in ("ablate.csv", "ablate.yaml"):
@@ -185,6 +193,7 @@ def test_an_arm_is_a_preset_with_changes():
         ('arms=["a1,bta=1"]', "unknown key curriculum.bta=1: did you mean curriculum.beta?"),
         ("world=simulate", "world=simulate: did you mean simulated?"),
         ("seeds=0", "seeds=0: must be at least 1"),
+        ("first_seed=-1", "first_seed=-1: must be at least 0"),
         ("seeds=few", "seeds='few': expected a whole number"),
         ("sim.step=10", "unknown key sim.step=10: did you mean sim.steps?"),
         ("sim.grid=ful", "sim.grid=ful: did you mean full?"),
