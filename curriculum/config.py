@@ -150,6 +150,7 @@ class CurriculumConfig:
     staleness_steps: float  # tau_s: steps of waiting for 63 % of that gain,
     staleness_rounds: float  # but at least so many rounds over all domains (domains / prompts steps each)
     uncertainty_weight: float  # kappa_u: log of the gain at the largest possible grade variance
+    uncertainty_of: str  # grades: their variance | passes: that of pass or fail; what U_i is
     signal_weight: float  # kappa_g: power of the share of groups with a difference; 0 = off
     gap_weight: float  # kappa_a: power of the share of groups not passed yet; 0 = off
     temperature: float  # of the softmax; other than 1 the bands no longer get exactly their capacity
@@ -193,6 +194,7 @@ class CurriculumConfig:
             ("staleness_steps", 0 < self.staleness_steps < math.inf, POSITIVE),
             ("staleness_rounds", finite(self.staleness_rounds), OFF_AT_ZERO),
             ("uncertainty_weight", finite(self.uncertainty_weight), OFF_AT_ZERO),
+            choice(self, "uncertainty_of", "grades", "passes"),
             ("signal_weight", finite(self.signal_weight), OFF_AT_ZERO),
             ("gap_weight", finite(self.gap_weight), OFF_AT_ZERO),
             ("temperature", 0 < self.temperature < math.inf, POSITIVE + " (1 = bands get their capacity)"),

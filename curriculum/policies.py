@@ -27,7 +27,7 @@ from curriculum import baselines, feedback, priorities, triage
 from curriculum.config import NAMES, CurriculumConfig
 from curriculum.priorities import Priorities
 from curriculum.sampler import Draw, draw_domains, floor_project
-from curriculum.triage import MAX_VARIANCE, DomainStats, Roster, TriageState, drawable, steps_waited
+from curriculum.triage import DomainStats, Roster, TriageState, drawable, steps_waited
 
 __all__ = ["NAMES", "CurriculumConfig", "Policy", "build"]
 
@@ -135,7 +135,7 @@ def metrics(config: CurriculumConfig, rule: Rule, state: TriageState, p_D: jax.A
         "triage/share": p_D,
         "triage/band": state.performance_band,
         "triage/staleness": steps_waited(state),  # steps
-        "triage/uncertainty": state.grade_uncertainty / MAX_VARIANCE,  # in [0, 1]
+        "triage/uncertainty": priorities.uncertainty(config, state),  # in [0, 1]
         "triage/zvf_ema": state.zvf_ema,
         "triage/adv_ema": state.adv_ema,
         "triage/priority_band": terms.band_D,

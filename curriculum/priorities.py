@@ -3,7 +3,8 @@
     priority  z_i = [log c_b - eta log N_b] + [kappa_s S_i] + [kappa_u U_i] + [log w_i + boost_i]        b = band(i)
                      band                      staleness      uncertainty      base
 
-with S_i = 1 - exp(-waited_i / tau_s) (1 if never tried), U_i = grade variance / 2.25 and N_b = sum of w over band b (of
+with S_i = 1 - exp(-waited_i / tau_s) (1 if never tried), U_i = grade variance / 2.25, or with uncertainty_of=passes the
+variance of pass or fail over its largest, 4 acc_i (1 - acc_i), and N_b = sum of w over band b (of
 w e^(kappa_s S + kappa_u U) if `strict`). Shares are softmax(z / T) over the drawable domains, with a floor.
 
 The method states two things that the plain sum of its terms inside a softmax cannot both keep: priority = band +
@@ -54,7 +55,14 @@ def needs(config: CurriculumConfig, state: TriageState, can_D: jax.Array) -> tup
     round_steps = jnp.where(state.num_prompts > 0, can_D.sum() / jnp.maximum(state.num_prompts, 1), 0.0)
     tau = jnp.maximum(config.staleness_steps, config.staleness_rounds * round_steps)
     stale_D = jnp.where(never_tried(state), 1.0, -jnp.expm1(-steps_waited(state) / tau))
-    return config.staleness_weight * stale_D, config.uncertainty_weight * state.grade_uncertainty / MAX_VARIANCE
+    return config.staleness_weight * stale_D, config.uncertainty_weight * uncertainty(config, state)
+
+
+def uncertainty(config: CurriculumConfig, state: TriageState) -> jax.Array:
+    """U, f32[D] in [0, 1]."""
+    if config.uncertainty_of == "passes":
+        return 4 * state.acc_ema * (1 - state.acc_ema)
+    return state.grade_uncertainty / MAX_VARIANCE
 
 
 def triage(config: CurriculumConfig, state: TriageState, can_D: jax.Array) -> Priorities:

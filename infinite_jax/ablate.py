@@ -129,6 +129,8 @@ def _dotted(data: dict, prefix: str = "") -> list[str]:
 def compose_arm(name: str, config_name: str, config_dir: str | None, overrides: Sequence[str]) -> Arm:
     """The arm's run configuration: the named file of configs/curriculum/ with the changes behind the commas.
 
+    A change names a key of the curriculum, uncertainty_weight=3, or with its section any other, rubric.reward=pass.
+
     Raises ValueError, one line, with the nearest name where there is no such file.
     """
     preset, *changes = re.split(r",(?![^\[]*\])", name)  # a comma inside [...] belongs to a value
@@ -140,7 +142,8 @@ def compose_arm(name: str, config_name: str, config_dir: str | None, overrides: 
     for change in changes:
         if "=" not in change:
             raise ValueError(f"arms: {name!r}: expected key=value behind the comma, such as {preset},beta=0.1")
-    changes = [f"curriculum.{change}" for change in changes]
+    sections = {key.split(".")[0] for key in schema.known_keys()}
+    changes = [change if change.split(".")[0] in sections else f"curriculum.{change}" for change in changes]
     own = [*overrides, f"curriculum={preset}", *changes]
 
     def compose(more: Sequence[str]) -> schema.Config:

@@ -181,6 +181,7 @@ def test_an_arm_is_a_preset_with_changes():
     assert arm.config.curriculum.policy == "recommended" and arm.config.curriculum.uncertainty_weight == 3
     assert arm.config.curriculum.band_capacity == (0.5, 0.3, 0.2)
     assert arm.compose(["run.seed=5"]).run.seed == 5
+    assert ablate.compose_arm("faithful,rubric.reward=pass", "config", None, []).config.rubric.reward == "pass"
 
 
 @pytest.mark.parametrize(

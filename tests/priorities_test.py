@@ -165,6 +165,14 @@ def test_shares_worked_by_hand():
     check([0.731059, 0.268941], 1e-5, grade_uncertainty=[2.25, 0])
 
 
+def test_uncertainty_without_a_rubric_is_that_of_pass_or_fail():
+    """The variance of a coin of probability .5, .8 and 1 over the largest there is: 1, .64 and 0."""
+    config = dataclasses.replace(CONFIG, uncertainty_of="passes")
+    state = fresh(acc_ema=[0.5, 0.8, 1.0] + [0.0] * (D - 3), grade_uncertainty=[0, 2.25, 1] + [2.25] * (D - 3))
+    found = jax.jit(functools.partial(priorities.triage, config))(state, state.active).uncertainty_D
+    np.testing.assert_allclose(found, [1, 0.64, 0] + [0] * (D - 3), atol=1e-6)
+
+
 def test_the_terms_add_up_to_the_priority():
     state = fresh(performance_band=[0, 0, 1, 1, 1, 2, 2], boost=[0, 1, 0, 0, 0, 0, 0], base_log_w=np.arange(D) / 4)
     terms = jax.jit(functools.partial(priorities.triage, CONFIG))(state, state.active)
