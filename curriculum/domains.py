@@ -23,7 +23,7 @@ from typing import NamedTuple
 import grain
 
 from curriculum.generators import Row
-from curriculum.sources import GENERATORS, levels, read, read_levels
+from curriculum.sources import GENERATORS, levels, made_for, read, read_levels
 
 LAST_STEP = 2**31 - 2  # steps are i32, and the largest stands for "never"
 
@@ -80,14 +80,15 @@ def check(configs: Sequence[DomainConfig]) -> None:
 
 def _check_environment(config: DomainConfig, where: str) -> None:
     """Generated rows under the default grader, where theirs is another: nothing would fail, and every grade be 1."""
+    if config.rubric is not None or config.environment != "eq":
+        return
     for source in (config.train, config.test):
-        if source and source.startswith("gen:"):
-            made_for = GENERATORS.get(source.removeprefix("gen:").split(",")[0])
-            if made_for and config.environment == "eq" and made_for.environment != "eq":
-                raise ValueError(
-                    f"{where}.environment={config.environment!r}: the rows of {source} are made for "
-                    f"{made_for.environment}, set environment: {made_for.environment}"
-                )
+        grader = made_for(source) if source else None
+        if grader not in (None, "eq"):
+            raise ValueError(
+                f"{where}.environment={config.environment!r}: the rows of {source} are made for {grader}, set "
+                f"environment: {grader}"
+            )
 
 
 def level_ends(config: DomainConfig) -> tuple[int, int]:
@@ -145,7 +146,10 @@ def main() -> None:
         epilog=f"gen:NAME[,difficulty=1 or 1..4][,split=train|test][,size=N][,seed=0], NAME one of "
         f"{', '.join(GENERATORS)}",
     )
-    parser.add_argument("source", help="file.json, .jsonl, .csv or .parquet; split@hub-name; gen:NAME,...")
+    parser.add_argument(
+        "source",
+        help="file.json, .jsonl, .csv or .parquet; split@hub-name; gen:NAME,...; gym:NAME,...; suite:NAME:PATH",
+    )
     parser.add_argument("--head", type=int, metavar="N", help="only the first N rows")
     arguments = parser.parse_args()
     try:

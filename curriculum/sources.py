@@ -1,18 +1,21 @@
 """Rows from a source: files, hub data sets, generators.
 
-A row is {"messages": [{"role", "content"}, ...], "answer": ..., "meta"?: {...}, "key"?: "..."}. The last message is the
-user's; earlier ones are context and are never trained on. `answer` is text, a list of accepted texts, or whatever JSON
-the domain's grader reads; `meta` is the grader's; `key` identifies the instance (generators.py). Other fields are
-dropped, equal rows are kept. A source is one of
+A row is {"messages": [{"role", "content"}, ...], "answer": ..., "meta"?: {...}, "tools"?: [...], "key"?: "..."}. The
+last message is the user's; earlier ones are context and are never trained on. `answer` is text, a list of accepted
+texts, or whatever JSON the domain's grader reads; `meta` is the grader's; `tools` are JSON schemas of functions that
+the row offers; `key` identifies the instance (generators.py). Other fields are dropped, equal rows are kept. A source
+is one of
 
     rows.json                a JSON list of rows
     rows.jsonl               one row a line
     rows.csv                 columns `answer` (text) and `messages` (JSON text), `prompt` or `question` (text);
-                             optional `meta` (JSON text), `key`
-    rows.parquet             the same columns, messages and meta as JSON text or nested (needs pyarrow)
+                             optional `meta` and `tools` (JSON text), `key`
+    rows.parquet             the same columns, what is JSON text there or nested (needs pyarrow)
     train@name               a split of a hub data set with such columns (needs datasets, and the network once)
     gen:reverse,split=test   rows of a procedural domain (generators.py has its parameters)
     gen:sort,difficulty=1..4 the same at several levels of difficulty
+    gym:gcd,max_value=20     rows of a data set of reasoning_gym (gym.py)
+    suite:gsm8k:test.jsonl   a published evaluation suite in a file, for `test` alone (suites.py)
 
 The first row that does not fit ends reading with file:line and what was expected: nothing is skipped but blank lines.
 """
@@ -22,11 +25,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from curriculum import generators
+from curriculum import generators, gym, suites
 from curriculum.bench import BENCH, EDGE
 from curriculum.generators import TINY, Row
 
@@ -45,25 +48,59 @@ def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
     """
     if source.startswith("gen:"):
         found = generators.read(source, GENERATORS)
+    elif source.startswith(gym.PREFIX):
+        found = gym.read(source)
+    elif source.startswith(suites.PREFIX):
+        suite, name = suites.parts(source)
+        found = suites.rows(suite, _published(_file(name, base)))
     elif reader := READERS.get(Path(source).suffix.lower()):
-        path = Path(base or "") / source
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; relative paths are taken from {Path(base or '').resolve()}")
-        found = [_row(raw, where) for raw, where in reader(path)]
+        found = [_row(raw, where) for raw, where in reader(_file(source, base))]
     elif "@" in source:
         found = [_row(raw, where) for raw, where in _hub(source)]
     else:
-        raise ValueError(f"source {source!r}: expected a {', '.join(READERS)} file, split@hub-name, or gen:NAME")
+        raise ValueError(
+            f"source {source!r}: expected a {', '.join(READERS)} file, split@hub-name, or gen:NAME, gym:NAME, "
+            "suite:NAME:PATH"
+        )
     if not found:
         raise ValueError(f"{source}: no rows; expected at least one {{messages, answer}}")
     return found
 
 
+def made_for(source: str) -> str | None:
+    """The grader that a source's rows are made for, None for rows of the user's own. Reads nothing."""
+    if source.startswith(gym.PREFIX):
+        return "gym"
+    if source.startswith(suites.PREFIX):
+        return suites.parts(source)[0].environment
+    generator = GENERATORS.get(source.removeprefix("gen:").split(",")[0]) if source.startswith("gen:") else None
+    return generator.environment if generator else None
+
+
+def _file(name: str, base: str | os.PathLike | None) -> Path:
+    path = Path(base or "") / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; relative paths are taken from {Path(base or '').resolve()}")
+    return path
+
+
+def _published(path: Path) -> Raw:
+    """Rows as they stand in a file, of whatever fields."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: expected a {', '.join(READERS)} file")
+    if reader in (_csv, _parquet):
+        return reader(path, lambda names, where: None, lambda raw, where: raw)
+    return reader(path)
+
+
 def levels(source: str) -> tuple[int, int]:
     """Easiest and hardest level of a source's rows, (1, 4) for gen:sort,difficulty=1..4; (1, 1) where it has no levels.
 
-    Reads nothing. Raises ValueError, one line, on a generator's source that cannot be read.
+    Reads nothing. Raises ValueError, one line, on a generator's source that cannot be read, and on a suite.
     """
+    if source.startswith(suites.PREFIX):
+        raise ValueError(f"source {source!r}: a suite is for evaluation: name it under `test`, with eval_only: true")
     return generators.level_range(source, GENERATORS) if source.startswith("gen:") else (1, 1)
 
 
@@ -85,7 +122,7 @@ def _row(raw: Any, where: str) -> Row:
     row: Row = {"messages": _messages(raw.get("messages"), where), "answer": raw.get("answer")}
     if row["answer"] in (None, "", []):
         raise ValueError(f"{where}: answer is {_what(row['answer'])}; expected text, a list of texts, or JSON")
-    for field, kind, expected in (("meta", dict, "an object"), ("key", str, "text")):
+    for field, kind, expected in (("meta", dict, "an object"), ("tools", list, "a list"), ("key", str, "text")):
         if (value := raw.get(field)) is not None:
             if not isinstance(value, kind):
                 raise ValueError(f"{where}: {field} is {_what(value)}; expected {expected}")
@@ -178,26 +215,6 @@ def _jsonl(path: Path) -> Raw:
             yield raw, f"{path}:{line}"
 
 
-def _csv(path: Path) -> Raw:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    names: list[str] | None = None
-    line = 1
-    try:
-        for fields in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1  # a quoted field may hold line ends: a row's first line
-            if not fields:
-                continue
-            if names is None:
-                names = [name.strip() for name in fields]
-                _columns(names, where)
-            elif len(fields) != len(names):
-                raise ValueError(f"{where}: {len(fields)} fields; expected {len(names)}: {', '.join(names)}")
-            else:
-                yield _tabular({name: text or None for name, text in zip(names, fields)}, where), where
-    except csv.Error as error:
-        raise ValueError(f"{path}:{line}: not CSV: {error}") from error
-
-
 def _columns(names: Iterable[str], where: str) -> None:
     if "answer" not in names or not set(PROMPTS) & set(names):
         raise ValueError(
@@ -208,7 +225,7 @@ def _columns(names: Iterable[str], where: str) -> None:
 def _tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """A table's row in the form of JSON's: a prompt becomes the user's message, JSON text becomes what it says."""
     row = dict(raw)
-    for field in ("messages", "meta"):
+    for field in ("messages", "meta", "tools"):
         if isinstance(row.get(field), str):
             try:
                 row[field] = json.loads(row[field])
@@ -224,7 +241,27 @@ def _tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path) -> Raw:
+def _csv(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    names: list[str] | None = None
+    line = 1
+    try:
+        for fields in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1  # a quoted field may hold line ends: a row's first line
+            if not fields:
+                continue
+            if names is None:
+                names = [name.strip() for name in fields]
+                columns(names, where)
+            elif len(fields) != len(names):
+                raise ValueError(f"{where}: {len(fields)} fields; expected {len(names)}: {', '.join(names)}")
+            else:
+                yield made({name: text or None for name, text in zip(names, fields)}, where), where
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: not CSV: {error}") from error
+
+
+def _parquet(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
@@ -233,9 +270,9 @@ def _parquet(path: Path) -> Raw:
         table = parquet.read_table(path)
     except ArrowException as error:
         raise ValueError(f"{path}: not parquet: {str(error).splitlines()[0]}") from error
-    _columns(table.column_names, str(path))
+    columns(table.column_names, str(path))
     for number, raw in enumerate(table.to_pylist(), 1):
-        yield _tabular(raw, f"{path}:row {number}"), f"{path}:row {number}"
+        yield made(raw, f"{path}:row {number}"), f"{path}:row {number}"
 
 
 def _hub(source: str) -> Raw:

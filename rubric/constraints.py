@@ -45,6 +45,17 @@ CHECKS: dict[str, Callable[[str, dict], bool]] = {
     "ends_with": lambda text, want: text.endswith(want["text"]),
 }
 
+# The field of a constraint that says how, "" where there is none.
+ARGUMENTS = {kind: "" for kind in CHECKS} | {
+    "contains": "word",
+    "excludes": "word",
+    "sentences": "n",
+    "max_words": "n",
+    "min_words": "n",
+    "starts_with": "text",
+    "ends_with": "text",
+}
+
 
 def degenerate(text: str, wanted: list[dict]) -> bool:
     """Whether a text is no attempt at writing: it cannot pass, whatever the checks say.
@@ -63,7 +74,8 @@ def degenerate(text: str, wanted: list[dict]) -> bool:
     return any(2 * len(set(stretch)) < len(stretch) for stretch in stretches)
 
 
-def _checked(wanted: list[dict]) -> list[dict]:
+def checked(wanted: list[dict]) -> list[dict]:
+    """`wanted`, if all its kinds are known. Raises ValueError."""
     for want in wanted:
         if want.get("kind") not in CHECKS:
             near = get_close_matches(str(want.get("kind")), CHECKS, n=1)
@@ -78,7 +90,7 @@ def constraints(reply: str, answer: object, meta: dict) -> int:
     4 all hold for the reply but for outer white space; 3 all hold once surrounding quotes and emphasis marks are taken
     off, or for its first line alone (a remark follows); 2 at least half hold; 1 else, and for every `degenerate` reply.
     """
-    wanted = _checked(need(meta, "constraints", "constraints"))
+    wanted = checked(need(meta, "constraints", "constraints"))
     text = reply.strip()
     best = 1
     for form in dict.fromkeys((text, text.strip(_QUOTES), text.split("\n", 1)[0].strip(_QUOTES))):

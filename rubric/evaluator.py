@@ -5,38 +5,36 @@ gradient: (grade - 1) / 3 when `graded`, 1 for a pass else 0 when `pass`. A row 
 that raised or hung says nothing about the policy, so its row is not a zero but no row, and the reason is counted in
 `failures`.
 
-An environment is a name from rubric/verify.py or the path of a Python file with
+A domain is graded by its environment, or by a rubric (rubric/schema.py). An environment is a name from
+rubric/verify.py or the path of a Python file with
 
     def grade(reply: str, answer, meta: dict) -> float   # 1 to 4
 
-Graders that cannot hang run here; the others in worker processes (rubric/pool.py), which never import JAX.
+Graders and checks that cannot hang run here; the others in worker processes (rubric/pool.py), which never import JAX;
+a judge is asked by threads meanwhile (rubric/judge.py).
 """
 
-import ast
-import importlib.util
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from rubric import sandbox
-from rubric.pool import Result, Task, WorkerPool, graded
-from rubric.verify import CHEAP, GRADERS
+from rubric import asking, checks, scoring, versions
+from rubric.checks import Check, Checked
+from rubric.config import RubricConfig, check, processors
+from rubric.judge import Judge
+from rubric.pool import Result, Task, WorkerPool, answered, load
+from rubric.schema import Rubric, has
+from rubric.scoring import Graded
+from rubric.verify import CHEAP
 
 PASS_GRADE = 3.0
+At = tuple[int, str | None]
 _MANY_REASONS = 200  # different ones; messages that quote the reply would otherwise fill the memory of a long run
 
-
-@dataclass(frozen=True)
-class RubricConfig:
-    reward: str  # graded: (grade - 1) / 3; pass: 1 when grade >= 3, else 0
-    workers: int  # processes for graders that can hang; -1: one a processor; 0: none, only environments that need none
-    timeout_s: float  # seconds one row may take in a worker; past it the row is invalid and the worker replaced
+__all__ = ["PASS_GRADE", "Grades", "RubricConfig", "RubricEvaluator", "Scored", "check"]
 
 
 class Grades(NamedTuple):
@@ -45,78 +43,60 @@ class Grades(NamedTuple):
     valid_B: np.ndarray  # bool, the grader answered
 
 
-def _defines_grade(path: Path, key: str) -> bool:
-    """Whether the module binds the name `grade` at its top level; it is read, not run."""
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except (SyntaxError, ValueError) as error:
-        place = f"{path}:{getattr(error, 'lineno', 0) or 0}"
-        raise ValueError(f"{key} {path} is not valid Python: {getattr(error, 'msg', error)} at {place}") from error
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "grade":
-            return True
-        if isinstance(node, ast.Import | ast.ImportFrom) and any("grade" in (a.asname, a.name) for a in node.names):
-            return True
-        if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "grade" for target in node.targets):
-            return True
-    return False
+class Scored(NamedTuple):
+    """Grades, and how the rows of domains with a rubric came by them: lines that are joined and split like grades."""
 
-
-def _check_environment(environment: str, key: str) -> None:
-    if environment.endswith(".py"):
-        path = Path(environment)
-        if not path.is_file():
-            raise ValueError(f"{key} {environment!r}: there is no such file in {os.getcwd()}, nor is it a path")
-        if not _defines_grade(path, key):
-            raise ValueError(f"{key} {environment!r} defines no `grade`: add `def grade(reply, answer, meta) -> float`")
-    elif environment not in GRADERS:
-        near = get_close_matches(environment, GRADERS, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        known = ", ".join(GRADERS)
-        raise ValueError(f"{key} {environment!r} is unknown: {hint}use one of {known}, or the path of a .py file")
-    elif environment == "orz" and importlib.util.find_spec("math_verify") is None:
-        raise ValueError(f"{key} 'orz' needs the package math-verify: pip install math-verify")
-
-
-def check(environments: Sequence[str], config: RubricConfig) -> None:
-    """Raises ValueError, in one line that names key, value and remedy, for what RubricEvaluator cannot work with."""
-    for index, environment in enumerate(environments):
-        _check_environment(environment, f"domains[{index}].environment")
-    if config.reward not in ("graded", "pass"):
-        raise ValueError(f"rubric.reward {config.reward!r} is unknown: use graded or pass")
-    if config.workers < -1:
-        raise ValueError(f"rubric.workers {config.workers} is negative: use 1 or more, or -1 for one a processor")
-    if not 0 < config.timeout_s < float("inf"):
-        raise ValueError(f"rubric.timeout_s {config.timeout_s} is no positive number of seconds: use 6, for instance")
-    heavy = [environment for environment in environments if environment not in CHEAP]
-    if heavy and config.workers == 0:
-        raise ValueError(
-            f"rubric.workers 0: environment {heavy[0]!r} can hang and needs a process that can be stopped; "
-            "use 1 or more, or -1 for one a processor"
-        )
-    if "python_tests" in heavy and config.timeout_s <= sandbox.WALL_S:
-        raise ValueError(
-            f"rubric.timeout_s {config.timeout_s:g} is no longer than the {sandbox.WALL_S:g} s a program of "
-            f"'python_tests' may run: use {1.5 * sandbox.WALL_S:g} or more"
-        )
+    grades: Grades
+    scores_BK: np.ndarray  # f32; of a domain's rows: scoring.of_domain(rubric, scores_BK[rows]). K = 0 with no rubric
 
 
 class RubricEvaluator:
-    """Grades replies by the environment of their domain; `environments` has one entry a domain, in the domains' order.
+    """Grades replies by domain; `environments` and `rubrics` have one entry a domain, in the domains' order.
+
+    Args:
+      environments: None for one that grades whole conversations elsewhere: its results come with each call.
+      rubrics: None where the domain's environment grades alone; left out, that is so everywhere.
+      judge: asked by rubrics with a judge; Judge(config.judge) unless given.
 
     Raises ValueError as `check`. Close it, or use it as a context manager: it may own processes. Calls must not
     overlap.
     """
 
-    def __init__(self, environments: Sequence[str], config: RubricConfig):
-        check(environments, config)
-        self._environments = [os.path.abspath(name) if name.endswith(".py") else name for name in environments]
+    def __init__(
+        self,
+        environments: Sequence[str | None],
+        config: RubricConfig,
+        rubrics: Sequence[Rubric | None] | None = None,
+        judge=None,
+    ):
+        self.rubrics = list(rubrics) if rubrics is not None else [None] * len(environments)
+        check(environments, config, self.rubrics, judge)
+        self._environments = [
+            os.path.abspath(name) if name is not None and name.endswith(".py") else name for name in environments
+        ]
         self._config = config
+        asked = any(rubric is not None and rubric.judged for rubric in self.rubrics)
+        self.judge = Judge(config.judge) if asked and judge is None else judge
         self.failures: Counter[tuple[int, str]] = Counter()  # (domain, reason) -> invalid rows so far
-        heavy = sorted({name for name in self._environments if name not in CHEAP})
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = processors if config.workers == -1 else config.workers
+        keys = {key for d in range(len(environments)) for key in self._keys(d) if key is not None}
+        heavy = sorted(filter(_heavy, keys))
+        workers = processors() if config.workers == -1 else config.workers
         self._pool = WorkerPool(heavy, workers, config.timeout_s) if heavy else None
+        self._here = {key: load(key) for key in keys if not _heavy(key)}
+
+    def _keys(self, domain: int, meta: Mapping | None = None) -> list[str | None]:
+        """What a row of the domain is graded by, as rubric/pool.py loads it; without `meta`, what any row could be."""
+        rubric = self.rubrics[domain]
+        if rubric is None:
+            return [self._environments[domain]]
+        return [
+            self._key(domain, each.check)
+            for each in rubric.criteria
+            if each.check.name != "judge" and (meta is None or has(each, meta))
+        ]
+
+    def _key(self, domain: int, check: Check) -> str | None:
+        return self._environments[domain] if check.name == "environment" else check.key
 
     def grade(self, domain_B: np.ndarray, rows: Sequence[Mapping], replies: Sequence[str]) -> Grades:
         """Grades of B replies.
@@ -124,31 +104,97 @@ class RubricEvaluator:
         domain_B: i32 (B,), indices into `environments`; rows: data rows with `answer` and perhaps `meta`; replies: B
         texts. Never raises for what a grader does, and always returns (see rubric/pool.py for how long that may take).
         """
+        return self.score(domain_B, rows, replies).grades
+
+    def score(
+        self,
+        domain_B: np.ndarray,
+        rows: Sequence[Mapping],
+        replies: Sequence[str],
+        graded: Mapping[int, Result] = {},
+        fresh: bool = False,
+    ) -> Scored:
+        """As `grade`, with the criterion scores and measures of the domains that have a rubric.
+
+        Args:
+          graded: by place in the batch, what an environment made of a whole conversation.
+          fresh: ask a judge anew where its answer is on disk.
+
+        A row that a cheap criterion's veto has brought to grade 1 is not asked about.
+        """
         if not len(domain_B) == len(rows) == len(replies):
             raise ValueError(
                 f"{len(domain_B)} domains, {len(rows)} rows and {len(replies)} replies: one of each a sequence"
             )
-        tasks = [
-            Task(self._environments[domain], reply, row.get("answer"), row.get("meta") or {})
-            for domain, row, reply in zip(np.asarray(domain_B).tolist(), rows, replies)
+        domains = np.asarray(domain_B).tolist()
+        here: dict[At, Result | Checked] = {}  # by row and key: criteria may share what is run
+        slow: dict[At, Task] = {}
+        for place, (domain, row, reply) in enumerate(zip(domains, rows, replies)):
+            meta = row.get("meta") or {}
+            for key in self._keys(domain, meta):
+                task = Task(key, reply, row.get("answer"), meta)
+                if key is None:
+                    here[place, key] = graded.get(place, _NOT_GRADED)
+                elif key in self._here:
+                    here[place, key] = answered(self._here[key], task)
+                else:
+                    slow[place, key] = task
+        asked = asking.Asking(self.judge, self._questions(domains, rows, replies, here), fresh)
+        done = here | dict(zip(slow, self._pool.run([*slow.values()]))) if slow else here
+        return self._scored(domains, rows, done, asked.answers())
+
+    def versions(self) -> list[str]:
+        """Of each domain's grader, as this process sees it now: rubric/versions.py."""
+        return [
+            versions.of_domain(environment, rubric, self._config.judge)
+            for environment, rubric in zip(self._environments, self.rubrics)
         ]
-        results: list[Result | None] = [
-            graded(GRADERS[t.environment], t) if t.environment in CHEAP else None for t in tasks
-        ]
-        slow = [index for index, result in enumerate(results) if result is None]
-        if slow:
-            for index, result in zip(slow, self._pool.run([tasks[index] for index in slow])):
-                results[index] = result
-        for domain, result in zip(np.asarray(domain_B).tolist(), results):
-            if result.grade is None:
-                self._count(domain, result.reason)
-        return self._grades(results)
+
+    def _row(self, domain: int, place: int, meta: Mapping, done: Mapping) -> dict[str, Checked]:
+        """What is known of a row's criteria, but for those of a judge."""
+        row = {}
+        for each in self.rubrics[domain].criteria:
+            found = done.get((place, self._key(domain, each.check)))
+            if found is not None and has(each, meta):
+                row[each.name] = found if isinstance(found, Checked) else _checked(found)
+        return row
+
+    def _questions(self, domains: list[int], rows: Sequence[Mapping], replies: Sequence[str], done: Mapping) -> dict:
+        """Questions to the judge by (row, criterion)."""
+        questions = {}
+        for place, (domain, row, reply) in enumerate(zip(domains, rows, replies)):
+            rubric, meta = self.rubrics[domain], row.get("meta") or {}
+            if rubric is None or not rubric.judged:
+                continue
+            if scoring.vetoed(rubric, self._row(domain, place, meta, done)):
+                continue
+            for each in rubric.criteria:
+                if each.check.name == "judge" and has(each, meta):
+                    questions[place, each.name] = asking.question(rubric, each, row, reply)
+        return questions
+
+    def _scored(self, domains: list[int], rows: Sequence[Mapping], done: Mapping, judged: Mapping) -> Scored:
+        graded: list[Graded | Result] = []
+        scores_BK = np.full((len(domains), scoring.width(self.rubrics)), np.nan, np.float32)
+        for place, domain in enumerate(domains):
+            rubric = self.rubrics[domain]
+            if rubric is None:
+                graded.append(done[place, self._environments[domain]])
+            else:
+                row = self._row(domain, place, rows[place].get("meta") or {}, done)
+                row |= {each.name: judged[place, each.name] for each in rubric.criteria if (place, each.name) in judged}
+                graded.append(scoring.grade(rubric, row))
+                line = scoring.columns(rubric, row, graded[-1].score)
+                scores_BK[place, : len(line)] = line
+            if graded[-1].grade is None:
+                self._count(domain, graded[-1].reason)
+        return Scored(self._grades(graded), scores_BK)
 
     def _count(self, domain: int, reason: str) -> None:
         known = (domain, reason) in self.failures or len(self.failures) < _MANY_REASONS
         self.failures[(domain, reason if known else "other reasons")] += 1
 
-    def _grades(self, results: Sequence[Result]) -> Grades:
+    def _grades(self, results: Sequence[Result | Graded]) -> Grades:
         valid_B = np.array([result.grade is not None for result in results], bool)
         grade_B = np.array([1.0 if result.grade is None else result.grade for result in results], np.float32)
         reward_B = (grade_B - 1.0) / 3.0 if self._config.reward == "graded" else grade_B >= PASS_GRADE
@@ -163,3 +209,15 @@ class RubricEvaluator:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+_NOT_GRADED = Result(None, "its environment graded no conversation")
+
+
+def _heavy(key: str) -> bool:
+    """Whether a grader or check is for a worker process."""
+    return checks.heavy(checks.name_of(key)) if key.startswith(checks.PREFIX) else key not in CHEAP
+
+
+def _checked(result: Result) -> Checked:
+    return Checked(None, result.reason, {}) if result.grade is None else checks.of_grade(result.grade)

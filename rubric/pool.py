@@ -23,6 +23,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from rubric import checks
+from rubric.checks import Checked
 from rubric.verify import GRADERS
 
 CHUNK = 16  # rows handed over at once at most: a message costs about as much as a cheap grade
@@ -32,7 +34,7 @@ IN_A_ROW = 8  # rows of one environment lost with no answer in between (twice th
 
 
 class Task(NamedTuple):
-    environment: str  # a key of GRADERS, or the path of a Python file
+    environment: str  # a key of GRADERS, the path of a Python file, or the key of a rubric's check
     reply: str
     answer: object
     meta: dict
@@ -51,6 +53,8 @@ def reason_of(error: BaseException) -> str:
 
 def load(environment: str) -> Callable[[str, object, dict], float]:
     """The grader of an environment; a path ending in .py is executed as a module, and its `grade` is taken."""
+    if environment.startswith(checks.PREFIX):
+        return checks.load(environment)
     if not environment.endswith(".py"):
         return GRADERS[environment]
     spec = importlib.util.spec_from_file_location(environment, environment)
@@ -72,12 +76,33 @@ def graded(grader: Callable[[str, object, dict], float], task: Task) -> Result:
         return Result(None, reason_of(error))
 
 
-def _answer(row: bytes, graders: dict[str, Callable], broken: dict[str, Result]) -> Result:
+def checked(check: Callable[[str, object, dict], checks.Found], task: Task) -> Checked:
+    """The same for a rubric's check, with a score in [0, 1] and measures."""
+    try:
+        score, measures = check(task.reply, task.answer, task.meta)
+        if not 0.0 <= score <= 1.0:
+            return Checked(None, f"score {score:g} is outside the scale 0 to 1", {})
+        return Checked(float(score), "", measures)
+    except (Exception, SystemExit) as error:
+        return Checked(None, reason_of(error), {})
+
+
+def answered(grader: Callable, task: Task) -> Result | Checked:
+    return (checked if task.environment.startswith(checks.PREFIX) else graded)(grader, task)
+
+
+def _answer(row: bytes, graders: dict[str, Callable], broken: dict[str, Result]) -> Result | Checked:
     try:
         task = Task(*pickle.loads(row))
     except Exception as error:  # a class that this process cannot import
         return Result(None, reason_of(error))
-    return broken.get(task.environment) or graded(graders[task.environment], task)
+    return broken.get(task.environment) or answered(graders[task.environment], task)
+
+
+def _spoken(line: bytes) -> Result | Checked:
+    """What `_answer` made, from its line: a check's has three parts."""
+    parts = json.loads(line)
+    return Result(*parts) if len(parts) == 2 else Checked(*parts)
 
 
 def serve(descriptor: int, environments: list[str]) -> None:
@@ -157,13 +182,13 @@ class _Batch:
 
     def __init__(self, tasks: Sequence[Task]):
         self.tasks = tasks
-        self.results: dict[int, Result] = {}
+        self.results: dict[int, Result | Checked] = {}
         # Shuffled, always the same way: samples of one prompt are neighbours, and often hang together.
         self.queue = deque(sorted(range(len(tasks)), key=lambda index: index * 2654435761 % 2**32))
         self.lost: Counter[str] = Counter()  # rows in a row, an environment
         self.failed_starts = 0
 
-    def settle(self, index: int, result: Result, lost: bool = False) -> None:
+    def settle(self, index: int, result: Result | Checked, lost: bool = False) -> None:
         self.results[index] = result
         environment = self.tasks[index].environment
         self.lost[environment] = self.lost[environment] + 1 if lost else 0
@@ -189,7 +214,7 @@ class WorkerPool:
         self._environments, self._timeout_s = [*environments], timeout_s
         self._workers = [_Worker(environments) for _ in range(workers)]
 
-    def run(self, tasks: Sequence[Task]) -> list[Result]:
+    def run(self, tasks: Sequence[Task]) -> list[Result | Checked]:
         """One result a task, in order. Always returns: a task that hangs or kills its worker gets one with a reason."""
         batch = _Batch(tasks)
         for worker in [worker for worker in self._workers if worker.rows]:  # an earlier call was interrupted
@@ -234,7 +259,7 @@ class WorkerPool:
             try:
                 for line in worker.lines():
                     if worker.ready:
-                        batch.settle(worker.rows.popleft(), Result(*json.loads(line)))
+                        batch.settle(worker.rows.popleft(), _spoken(line))
                     worker.ready = True
                     worker.deadline = time.monotonic() + self._timeout_s if worker.rows else float("inf")
             except OSError:

