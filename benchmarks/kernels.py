@@ -1,0 +1,175 @@
+"""Attention on one GPU: this project's blocks beside torch's SDPA and jax's own cuDNN attention, in one run.
+
+    python -m benchmarks.kernels [--lengths 2k,4k,8k,16k,32k] [--tokens 32k] [--blocks cudnn,mgpu,xla] [--out FILE]
+
+bfloat16, causal, heads 9 of 3 keys at head dimension 64 and 16 of 8 at 128; as many rows as make --tokens tokens.
+Blocks run as training runs them, through ring_attention with one device. TFLOP/s count 4 T^2 / 2 operations a head and
+element of it forward, 2.5 times that backward; of packed rows (segments of random length) the pairs within segments.
+Errors are against dense float32 attention at --small tokens. torch runs first, in a child process, on its own inputs.
+--sweep times mgpu with other tiles instead.
+"""
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import arguments, attempt, normal, numbers, relative, report, seconds
+from kernels import select
+from kernels.block import Block, Mask
+from kernels.ring_attention import Part, ring_attention
+
+HEADS = {64: (9, 3), 128: (16, 8)}
+SIZES = {"lengths": "2k,4k,8k,16k,32k", "tokens": "32k", "small": 1024, "blocks": "cudnn,mgpu,xla", "xla-most": "8k"}
+TINY = {"lengths": "128,256", "tokens": "256", "small": 128, "blocks": "xla"}
+COLUMNS = ["rows", "D", "T", "attention", "fwd TFLOP/s", "fwd+bwd TFLOP/s", "fwd ms", "fwd+bwd ms"]
+COLUMNS += ["error o", "dq", "dk", "dv", "not run"]
+
+
+def ours(block: Block, scale: float, q, k, v, segments):
+    pair = None if segments is None else (segments, segments)
+    return ring_attention(q, (Part(k, v, Mask(causal=True, segments=pair)),), scale=scale, block=block)
+
+
+def jax_cudnn(scale: float, q, k, v, segments):
+    if segments is not None:
+        raise NotImplementedError("no packed rows in jax.nn.dot_product_attention")
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+
+
+def dense(scale: float, q, k, v, segments):
+    """The reference: float32, every score at once."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = q.astype(jnp.float32), *(jnp.repeat(x.astype(jnp.float32), group, 2) for x in (k, v))
+    dot = functools.partial(jnp.einsum, precision="highest")
+    seen = jnp.tri(q.shape[1], dtype=bool)
+    if segments is not None:
+        seen &= (segments[:, :, None] == segments[:, None])[:, None]
+    s = jnp.where(seen, scale * dot("bthd,bshd->bhts", q, k), -jnp.inf)
+    return dot("bhts,bshd->bthd", jax.nn.softmax(s, axis=-1), v)
+
+
+def both_ways(attend):
+    """(forward, forward and backward) as compiled functions of q, k, v, do, segments."""
+
+    def backward(q, k, v, do, segments):
+        o, pull = jax.vjp(lambda *x: attend(*x, segments), q, k, v)
+        return o, *pull(do.astype(o.dtype))
+
+    return jax.jit(lambda q, k, v, do, segments: attend(q, k, v, segments)), jax.jit(backward)
+
+
+def inputs(rows: int, length: int, head_dim: int, packed: bool):
+    """q, k, v, do, segments or None, and the pairs of query and key of all rows that count."""
+    H, K = HEADS[head_dim]
+    shapes = [(rows, length, heads, head_dim) for heads in (H, K, K, H)]
+    arrays = normal(length + head_dim, jnp.bfloat16, *shapes)
+    if not packed:
+        return *arrays, None, rows * length * length / 2
+    rng = np.random.default_rng(length)
+    cuts = rng.random((rows, length)) < 16 / length  # 16 segments a row on average
+    segments = np.cumsum(cuts, 1)
+    sizes = [np.bincount(row) for row in segments]
+    return *arrays, jnp.asarray(segments, jnp.int32), float(sum((size.astype(float) ** 2).sum() for size in sizes) / 2)
+
+
+def errors(attend, head_dim: int, small: int, packed: bool) -> list[float]:
+    *given, segments, _ = inputs(2, small, head_dim, packed)
+    scale = head_dim**-0.5
+    found = both_ways(functools.partial(attend, scale))[1](*given, segments)
+    expected = both_ways(functools.partial(dense, scale))[1](*(x.astype(jnp.float32) for x in given), segments)
+    return [relative(a, b) for a, b in zip(found, expected)]
+
+
+def time_one(attend, head_dim: int, length: int, rows: int, repeats: int, packed: bool) -> list[float]:
+    """TFLOP/s forward, forward and backward; milliseconds of both."""
+    *given, pairs = inputs(rows, length, head_dim, packed)
+    run, run_both = both_ways(functools.partial(attend, head_dim**-0.5))
+    times = [seconds(lambda f=f: f(*given), repeats) for f in (run, run_both)]
+    flops = 4 * pairs * HEADS[head_dim][0] * head_dim
+    return [flops * share / t / 1e12 for share, t in zip((1, 3.5), times)] + [1e3 * t for t in times]
+
+
+def contenders(names: list[str]) -> dict:
+    """name: attention, of the named blocks that this machine has, and jax's own."""
+    device, found = jax.devices()[0], {}
+    for name in names:
+        try:
+            where = (device.platform, device.device_kind)
+            select.choose(name, *where, head_dim=64, dtype=jnp.bfloat16, windows=False, packed=False)
+        except ValueError as error:
+            print(error)
+            continue
+        found[f"this project, {name}"] = functools.partial(ours, select.block(name))
+    return found | {"jax.nn cudnn": jax_cudnn}
+
+
+def sweep_contenders() -> dict:
+    """mgpu with each of some sizes of tiles."""
+    from kernels import block_mgpu_backward, block_mgpu_forward, block_mgpu_tiles
+
+    def sized(sizes) -> Block:
+        def forward(q, k, v, mask, scale):
+            return block_mgpu_forward.forward(q, k, v, mask, scale, sizes)
+
+        def backward(q, k, v, o, lse, delta, do, mask, scale):
+            return block_mgpu_backward.backward(q, k, v, lse, delta, do.astype(q.dtype), mask, scale, sizes)
+
+        return Block(f"mgpu {tuple(sizes)}", forward, backward)
+
+    tiles = [
+        block_mgpu_tiles.Sizes(keys, stages, keys_dq, queries, behind)
+        for (keys, stages), (keys_dq, queries, behind) in zip(
+            ((128, 2), (128, 3), (64, 4), (64, 3), (192, 2), (256, 2)),
+            ((64, 64, 2), (64, 64, 3), (128, 64, 2), (64, 128, 2), (96, 64, 2), (128, 128, 2)),
+        )
+    ]
+    return {f"mgpu {tuple(sizes)}": functools.partial(ours, sized(sizes)) for sizes in tiles}
+
+
+def torch_rows(cases, repeats: int, small: int) -> list[list]:
+    """Of benchmarks/kernels_torch.py, in a process of its own: two frameworks share no memory pool."""
+    command = [sys.executable, "-m", "benchmarks.kernels_torch", json.dumps([cases, repeats, small])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return [["whole", None, None, "torch SDPA", *[None] * 8, done.stderr.strip().splitlines()[-1][:160]]]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    def also(parser):
+        parser.add_argument("--no-torch", action="store_true")
+        parser.add_argument("--no-packed", action="store_true")
+        parser.add_argument("--sweep", action="store_true", help="times mgpu with other tiles, and nothing else")
+
+    given = arguments("benchmarks.kernels", __doc__, SIZES, TINY, also)
+    tokens = numbers(given.tokens)[0]
+    cases = [(D, T, max(1, tokens // T)) for D, T in itertools.product(HEADS, numbers(given.lengths))]
+    rows = (
+        [] if given.no_torch or given.sweep else torch_rows([(*case, HEADS[case[0]]) for case in cases], 5, given.small)
+    )
+    found = sweep_contenders() if given.sweep else contenders(given.blocks.split(","))
+    for packed, (name, attend) in itertools.product((False, True)[: 2 - given.no_packed], found.items()):
+        for D in HEADS:
+            wrong, why = attempt(lambda D=D, a=attend, p=packed: errors(a, D, given.small, p))
+            print(f"{name}, D {D}, {'packed' if packed else 'whole'}: errors {wrong or why}", flush=True)
+            for _, T, number in [case for case in cases if case[0] == D]:
+                measured = None
+                if wrong and (not name.endswith("xla") or numbers(given.xla_most)[0] >= T):
+                    run = functools.partial(time_one, attend, D, T, number, given.repeats, packed)
+                    measured, why = attempt(run)
+                kind = "packed" if packed else "whole"
+                row = [kind, D, T, name, *(measured or [None] * 4), *(wrong or [None] * 4), None if measured else why]
+                rows.append(row)
+                print(row, flush=True)
+    rows.sort(key=lambda row: (row[0] != "whole", row[1] or 0, row[2] or 0))
+    report(given, {}, COLUMNS, [row for row in rows if row[4] is not None or row[-1]])
+
+
+if __name__ == "__main__":
+    main()
