@@ -20,8 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs import schema
+from sharding import multihost
 
 DONE, FAILED, BAD_INPUT, HALTED, PREEMPTED = 0, 1, 2, 3, 75
+USERS = (ValueError, OSError, ModuleNotFoundError, YAMLError)  # errors that the user can mend
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -41,13 +43,33 @@ def add_config_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("overrides", nargs="*", metavar="key=value")
 
 
+def add_process_arguments(arguments: argparse.ArgumentParser) -> None:
+    group = arguments.add_argument_group(
+        "several processes", "SLURM, TPU slices and Kubernetes need none of these: docs/pods.md"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; JAX_COORDINATOR_ADDRESS")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are; JAX_NUM_PROCESSES")
+    group.add_argument("--process", type=int, metavar="I", help="this one, 0 to N - 1; JAX_PROCESS_ID")
+
+
+def join_processes(given: argparse.Namespace) -> None:
+    """Joins the others, if there are any; before the first device is touched. Raises ValueError, one line."""
+    multihost.initialize(multihost.Given(given.coordinator, given.processes, given.process))
+
+
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """Within it, what the user gave is read and checked: a ValueError or missing file is one line and exit code 2."""
+    """Within it, what the user gave is read and checked: a ValueError or missing file is one line and exit code 2.
+
+    Of several processes one prints the line, and all end.
+    """
     try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError, YAMLError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        with multihost.shared_fate(but=USERS):
+            yield
+    except USERS as error:
+        line = " ".join(str(error).split())
+        multihost.end(BAD_INPUT, line)
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from error
 
 

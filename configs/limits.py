@@ -5,8 +5,9 @@ import math
 from configs.schema import Config, flat, get
 from curriculum import domains
 from curriculum.sampler import MAX_PROMPTS
-from rubric import evaluator
-from sharding.mesh import axis_sizes
+from rubric import anchor_keeper, evaluator, schema
+from sharding import auto
+from sharding.mesh import OFFLOAD, axis_sizes
 
 MAX_BUCKETS = 3  # each bucket is one compilation of rollout, scoring and update
 
@@ -14,10 +15,14 @@ CHOICES = {
     "algorithm.advantage": ("std", "none", "loo", "global"),
     "algorithm.aggregation": ("token_mean", "seq_mean", "seq_sum_const"),
     "algorithm.zero_variance": ("keep", "drop"),
+    "algorithm.truncated": ("keep", "mask"),
+    "algorithm.ratio": ("token", "sequence"),
     "algorithm.kl_type": ("loss", "reward", "none"),
     "algorithm.kl_estimator": ("k1", "k2", "k3", "k3_is"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "xla", "tpu", "cudnn", "mgpu"),
+    "mesh.offload": OFFLOAD,
 }
 
 AT_LEAST = {
@@ -26,6 +31,7 @@ AT_LEAST = {
     "run.tokens": 0,
     "run.eval_every": 1,
     "run.checkpoint_every": 0,
+    "run.check_every": 0,
     "run.keep_last": 1,
     "run.keep_best": 0,
     "algorithm.prompts": 1,
@@ -36,6 +42,8 @@ AT_LEAST = {
     "algorithm.clip_high": 0,
     "algorithm.importance_cap": 0,
     "algorithm.kl_coef": 0,
+    "algorithm.epochs": 1,
+    "algorithm.minibatches": 1,
     "algorithm.microbatches": 1,
     "algorithm.resample_rounds": 1,
     "algorithm.learning_rate": 0,
@@ -91,24 +99,26 @@ def validate(config: Config, num_devices: int) -> None:
         raise ValueError(
             f"algorithm.prompt_buckets={list(buckets)}: give one to {MAX_BUCKETS} ascending lengths, such as [64, 128]"
         )
-    data, fsdp, _, _ = axis_sizes(config.mesh, num_devices)
-    parts = data * fsdp * config.algorithm.microbatches
+    data, fsdp, *_ = (1, 1) if config.mesh.chosen else axis_sizes(config.mesh, num_devices)
+    parts = data * fsdp * algorithm.minibatches * algorithm.microbatches
     rows = config.algorithm.prompts * config.algorithm.group_size
     if rows % parts:
         raise ValueError(
             f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
-            f"microbatches {config.algorithm.microbatches} = {parts}: set algorithm.prompts to a multiple of {parts}"
+            f"minibatches {algorithm.minibatches} x microbatches {algorithm.microbatches} = {parts}: set "
+            f"algorithm.prompts to a multiple of {parts}"
         )
-    if algorithm.prompts % algorithm.microbatches:
+    if algorithm.prompts % (algorithm.minibatches * algorithm.microbatches):
         raise ValueError(
-            f"algorithm.microbatches={algorithm.microbatches}: a part holds whole groups; choose a divisor of "
-            f"algorithm.prompts={algorithm.prompts}"
+            f"algorithm.minibatches={algorithm.minibatches}, algorithm.microbatches={algorithm.microbatches}: a part "
+            f"holds whole groups; choose numbers whose product divides algorithm.prompts={algorithm.prompts}"
         )
+    if config.mesh.chosen:
+        auto.possible(config.mesh, num_devices, rows // parts)
     domains.check(config.domains)
-    for i, domain in enumerate(config.domains):
-        if domain.rubric is not None:
-            raise ValueError(f"domains[{i}].rubric={domain.rubric!r}: the environment grades; leave rubric out")
-    evaluator.check([domain.environment for domain in config.domains], config.rubric)
+    rubrics = schema.load_all([domain.rubric for domain in config.domains])
+    evaluator.check([domain.environment for domain in config.domains], config.rubric, rubrics)
+    anchor_keeper.check(config.anchors)
     if all(domain.eval_only for domain in config.domains):
         raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
     gap = domains.first_gap(config.domains)

@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
+from curriculum import suites
 from curriculum.domains import DomainConfig
 from curriculum.policies import CurriculumConfig
 from models.source import ModelConfig
+from rubric.anchor_keeper import AnchorConfig
 from rubric.evaluator import RubricConfig
 from sharding.mesh import MeshConfig
 
@@ -33,6 +35,7 @@ class RunConfig:
     tokens: int  # the run ends at the step that brings the generated tokens to so many; 0 = no such bound
     eval_every: int  # steps; the last step is always evaluated
     checkpoint_every: int  # steps; the last step is always saved; 0 = nothing is saved
+    check_every: int  # steps after which processes compare their triage state and data position; 0 = never
     keep_last: int  # newest checkpoints kept
     keep_best: int  # best checkpoints kept, by eval/macro
     deterministic: bool  # on a GPU: deterministic operations, at a cost in speed
@@ -47,12 +50,16 @@ class AlgorithmConfig:
     temperature: float  # > 0
     top_k: int  # 0 = off
     top_p: float  # 1 = off
+    epochs: int  # times that a batch is gone through
+    minibatches: int  # updates an epoch, each on its part of the groups
     advantage: str  # std | none | loo | global
-    clip_low: float  # the clip acts from the second update on a batch; with one update a batch the ratio is 1
+    ratio: str  # token | sequence: GSPO's, the geometric mean over a row's tokens
+    clip_low: float  # the clip acts from the second update on a batch on: before it the ratio is 1
     clip_high: float
     importance_cap: float  # truncation of the sampler-to-trainer weight; 0 = off
     aggregation: str  # token_mean | seq_mean | seq_sum_const
     zero_variance: str  # keep | drop: whether groups without a difference stay in the denominators
+    truncated: str  # keep | mask: whether rows cut off at max_new_tokens are learnt from
     resample_rounds: int  # rounds of P prompts a step at most, where curriculum=dynamic draws such groups again
     kl_type: str  # loss | reward | none
     kl_estimator: str  # k1 | k2 | k3 | k3_is
@@ -84,6 +91,7 @@ class Config:
     domains: tuple[DomainConfig, ...]
     curriculum: CurriculumConfig
     rubric: RubricConfig
+    anchors: AnchorConfig
     algorithm: AlgorithmConfig
     eval: EvalConfig
     mesh: MeshConfig
@@ -95,6 +103,7 @@ FREE_AT_RESUME = (
     "run.tokens",
     "run.eval_every",
     "run.checkpoint_every",
+    "run.check_every",
     "run.keep_last",
     "run.keep_best",
     "mesh",
@@ -219,7 +228,8 @@ def located(config: Config) -> Config:
         dataclasses.replace(
             domain,
             train=absolute(domain.train),
-            test=absolute(domain.test),
+            test=absolute(domain.test) and suites.located(absolute(domain.test)),
+            rubric=absolute(domain.rubric) if (domain.rubric or "").endswith((".yaml", ".yml")) else domain.rubric,
             environment=absolute(domain.environment) if domain.environment.endswith(".py") else domain.environment,
         )
         for domain in config.domains
@@ -227,4 +237,8 @@ def located(config: Config) -> Config:
     model = config.model
     if model.path != "tiny":
         model = dataclasses.replace(model, path=absolute(model.path))
-    return dataclasses.replace(config, model=model, domains=tuple(sources))
+    rubric = config.rubric
+    if rubric.judge is not None and rubric.judge.cache:
+        judge = dataclasses.replace(rubric.judge, cache=os.path.abspath(rubric.judge.cache))
+        rubric = dataclasses.replace(rubric, judge=judge)
+    return dataclasses.replace(config, model=model, domains=tuple(sources), rubric=rubric)

@@ -27,6 +27,8 @@ def prepare(
     valid_PG = grades.valid_B.reshape(groups)
     advantage_PG = grpo.group_advantage(grades.reward_B.reshape(groups), valid_PG, config.advantage)
     learnt_B = grades.valid_B
+    if config.truncated == "mask":
+        learnt_B &= rollout.done_B
     if config.zero_variance == "drop":
         learnt_B &= jnp.repeat(jnp.any(advantage_PG != 0, axis=1), config.group_size)
     if config.kl_type == "reward":

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from infinite_jax.trainer import place
+from infinite_jax.placement import place
 from kernels.logprob import token_logp
 from models import policy
 from models import tokenizer as chat
@@ -70,7 +70,7 @@ class Canary:
         self.text_RT, self.length_R = _rows(text, width, pad_id)
         self.prompt_PT, length_P = _rows(prompts, width, pad_id)
         self.position_PC = length_P[:, None] - POSITIONS + np.arange(POSITIONS)  # negative where the prompt is shorter
-        self.decoder = dataclasses.replace(decoder, dtype="float32", remat="none")
+        self.decoder = dataclasses.replace(decoder, dtype="float32", remat="none", attention="xla")
         with jax.set_mesh(mesh), jax.default_matmul_precision("float32"):
             self._start = [jax.device_get(log_prob_PCV) for log_prob_PCV in self._predictions(start)]
 

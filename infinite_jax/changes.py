@@ -27,6 +27,7 @@ from curriculum.triage import Roster
 from infinite_jax.checkpoint import Checkpointer, TreeMismatch
 from infinite_jax.session import Session, members
 from infinite_jax.types import RunState
+from sharding import exchange
 
 
 class Changes(NamedTuple):
@@ -153,7 +154,7 @@ def grow(session: Session, state: RunState) -> tuple[RunState, list[str]]:
         new = jax.tree.map(lambda leaf: leaf[held:], roster)
         curriculum = triage.grow(curriculum, session.config.curriculum, new)
         position = session.trainer.stream.grow(position)
-    curriculum = jax.device_put(curriculum._replace(retires=roster.retires), _replicated(session))
+    curriculum = exchange.replicated(session.mesh, curriculum._replace(retires=roster.retires))
     return state._replace(curriculum=curriculum, position=position), session.names[held:]
 
 

@@ -35,11 +35,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from infinite_jax import manifest
+from sharding import exchange
 
 log = logging.getLogger(__name__)
 # Orbax reports progress through absl, which writes to the console; what goes wrong there is also raised.
@@ -67,7 +67,7 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._last_saved: int | None = None
-        self._restored = after  # until the next save
+        self._restored = self._verified = after  # the first until the next save
         self._passed_over: set[int] = set()  # steps that restore found damaged or unverified
 
     def __enter__(self) -> "Checkpointer":
@@ -108,7 +108,8 @@ class Checkpointer:
             self._close_manager()  # it would raise the same error again; the next save opens another
             raise
         finally:
-            multihost_utils.sync_global_devices("checkpoint:manifest")  # the first process has written it
+            exchange.barrier("checkpoint:manifest")  # the first process has written it
+        self._verified = self._last_saved
 
     def close(self) -> None:
         """Waits, then ends the background threads. The object is not used again."""
@@ -123,6 +124,12 @@ class Checkpointer:
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def newest_verified(self) -> int | None:
+        """The newest step that was saved whole, manifest and all, or restored by this object; None before."""
+        if self._last_saved is not None and manifest.exists(self.folder / str(self._last_saved)):
+            self._verified = self._last_saved
+        return self._verified
 
     def best_step(self) -> int | None:
         """The step of highest score (the newer of equals) according to the manifests; None where none has a score."""
@@ -139,9 +146,8 @@ class Checkpointer:
         ValueError when no step can be restored.
         """
         self.wait()
-        candidates = self._candidates(step)
-        chosen = self._first_intact(candidates) if jax.process_index() == 0 else -1
-        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        candidates = exchange.from_first(self._candidates(step) if jax.process_index() == 0 else None)
+        chosen = exchange.from_first(self._first_intact(candidates) if jax.process_index() == 0 else -1)
         nothing_intact = ValueError(
             f"{self.folder}: none of the checkpoints {', '.join(map(str, candidates))} is intact: "
             "copy one back from a backup, ask for another step, or start a new run"
@@ -197,11 +203,11 @@ class Checkpointer:
     def _move_aside(self, step: int) -> None:
         """Renames what a save of `step` must neither overwrite nor count as latest: 12 -> 12.damaged."""
         newest_kept = step - 1 if self._restored is None else min(step - 1, self._restored)
-        aside = [n for n in self.steps() if n > newest_kept or n in self._passed_over]
+        # the first process's list: a file system may show the others an older one
+        aside = exchange.from_first([n for n in self.steps() if n > newest_kept or n in self._passed_over])
         if not aside:
             return
         self._close_manager()  # it lists the steps when it is opened
-        multihost_utils.sync_global_devices("checkpoint:before_move")
         for n in aside if jax.process_index() == 0 else []:
             if not manifest.exists(self.folder / str(n)):
                 suffix = "unverified"
@@ -213,7 +219,7 @@ class Checkpointer:
             target = next(self.folder / name for name in names if not (self.folder / name).exists())
             os.rename(self.folder / str(n), target)
             log.warning("checkpoint of step %d moved aside to %s", n, target)
-        multihost_utils.sync_global_devices("checkpoint:after_move")
+        exchange.barrier("checkpoint:moved")
         self._passed_over.clear()
 
     def _open_manager(self) -> ocp.CheckpointManager:

@@ -14,11 +14,13 @@ from infinite_jax import run_folder
 from infinite_jax.progress import results_table
 from infinite_jax.session import open_session, set_up_runtime
 from infinite_jax.types import RunState
+from sharding import multihost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = cli.parser("evaluate", __doc__)
     cli.add_config_arguments(arguments)
+    cli.add_process_arguments(arguments)
     given = arguments.parse_args(argv)
     with cli.bad_input():
         if given.overrides and ("=" not in given.overrides[0] or Path(given.overrides[0]).is_dir()):
@@ -29,17 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_dir, config = None, cli.compose_config(given.config_name, given.config_dir, given.overrides)
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, canary=False))  # not shown here
         set_up_runtime(config)
+        cli.join_processes(given)
         session = open_session(config)
         state = session.state
         if run_dir is not None:
             # the policy alone: the rest depends on how many domains the run had at that step
             trained = RunState(run_folder.abstract(state.train), None, None, None)
             number, state = run_folder.checkpoints(run_dir).restore(trained, step)
-            print(f"{run_dir}, step {number}")
-    with session.grader:
+            say(f"{run_dir}, step {number}")
+    with session.grader, multihost.shared_fate():
         results = session.evaluator.run(state.train.params)
-    print(results_table(results))
+        say(results_table(results))
+    multihost.shutdown()
     return cli.DONE
+
+
+def say(text: str) -> None:
+    """Once, whatever the number of processes."""
+    if multihost.is_first():
+        print(text)
 
 
 if __name__ == "__main__":

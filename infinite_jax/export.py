@@ -9,7 +9,8 @@ from pathlib import Path
 
 from configs import cli
 from infinite_jax import run_folder
-from infinite_jax.trainer import abstract_train_state
+from infinite_jax.placement import abstract_train_state
+from infinite_jax.session import sized
 from infinite_jax.types import RunState
 from models import hf, source
 from sharding.mesh import make_mesh
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.out.exists() and any(given.out.iterdir()):
             raise ValueError(f"{given.out} is not empty: name another folder")
         config = run_folder.load_config(given.run_dir, overrides)
-        mesh = make_mesh(config.mesh)
-        decoder, _ = source.load(config.model, mesh)  # for its shape; the weights are the checkpoint's
+        decoder = source.network(config.model)
+        mesh = make_mesh(sized(config, decoder))
         train = abstract_train_state(config.algorithm, decoder, mesh)
         only_train = RunState(train, *[None] * (len(RunState._fields) - 1))
         number, state = run_folder.checkpoints(given.run_dir).restore(only_train, step)

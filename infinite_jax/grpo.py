@@ -3,6 +3,9 @@
     rho = exp(logp - logp_old),   L_t = -w_t min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
     loss = sum_t weight_t (L_t + kl_coef KL_t - entropy_coef H_t)
 
+With ratio=sequence (GSPO, 2507.18071, eq. 5-7) every token of a row has the row's ratio, the geometric mean of its
+tokens' rho; with seq_mean the loss is then the paper's.
+
 Group-relative advantages and the clipped objective: DeepSeekMath (arXiv 2402.03300, eq. 3-4). `norm=none` and
 `seq_sum_const`: Dr. GRPO (2503.20783). `token_mean` and a higher upper clip: DAPO (2503.14476). k1, k2, k3: Schulman,
 "Approximating KL divergence" (2020). The truncated weight w = min(exp(logp_old - logp_beh), cap) corrects for a sampler
@@ -98,13 +101,17 @@ def kl_penalty(logp_BT, logp_ref_BT, mask_BT, kind: str) -> jax.Array:
 def token_loss(config: AlgorithmConfig, logp_BT, entropy_BT, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of each token before weighting, and the per-token diagnostics, all float32 [B, T]."""
     log_ratio = jnp.clip(logp_BT - batch.logp_old_BT, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl = kl_estimate(logp_BT, batch.logp_ref_BT, config.kl_estimator, jnp.exp(log_ratio))
+    if config.ratio == "sequence":
+        mask = batch.loss_mask_BT
+        total_B1 = jnp.sum(jnp.where(mask, log_ratio, 0.0), axis=1, keepdims=True)
+        log_ratio = jnp.broadcast_to(total_B1 / jnp.maximum(mask.sum(1, keepdims=True), 1), mask.shape)
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     advantage = batch.advantage_BT * batch.lr_scale_B[:, None]
     gain = jnp.minimum(ratio * advantage, clipped * advantage)
     sampler_gap = batch.logp_old_BT - batch.logp_beh_BT
     weight = jnp.minimum(jnp.exp(sampler_gap), config.importance_cap) if config.importance_cap > 0 else 1.0
-    kl = kl_estimate(logp_BT, batch.logp_ref_BT, config.kl_estimator, ratio)
     loss = -weight * gain - config.entropy_coef * entropy_BT
     if config.kl_type == "loss":
         loss = loss + batch.kl_coef_B[:, None] * kl
@@ -203,3 +210,24 @@ def train_step(
         "policy/skipped": 1.0 - usable.astype(jnp.float32),
     }
     return new, metrics
+
+
+def update(
+    config: AlgorithmConfig, logp_fn: LogpFn, state: TrainState, batch: Batch, key: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """All updates of a batch: `epochs` times through it in a fresh order, in `minibatches` parts of whole groups.
+
+    The key is consumed. Metrics are means over the updates.
+    """
+    updates = config.epochs * config.minibatches
+    if updates == 1:
+        return train_step(config, logp_fn, state, batch)
+    groups = batch.tokens_BT.shape[0] // config.group_size
+    order = jax.vmap(lambda key: jax.random.permutation(key, groups))(jax.random.split(key, config.epochs))
+
+    def one(state, group_M):
+        row = (group_M[:, None] * config.group_size + jnp.arange(config.group_size)).reshape(-1)
+        return train_step(config, logp_fn, state, jax.tree.map(lambda x: x[row], batch))
+
+    state, metrics = jax.lax.scan(one, state, order.reshape(updates, -1))
+    return state, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)

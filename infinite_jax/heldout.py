@@ -12,24 +12,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig, EvalConfig
-from infinite_jax import prompts
+from infinite_jax import prompts, rows
+from infinite_jax.placement import place
 from infinite_jax.prompts import Prompt
-from infinite_jax.rollout import Sampling, generate
-from infinite_jax.trainer import EVAL_STREAM, place, stream_key
+from infinite_jax.rollout import Sampling, generate, sync
+from infinite_jax.trainer import EVAL_STREAM, stream_key
 from models.architectures import DecoderConfig
-from rubric.evaluator import RubricEvaluator
+from rubric import scoring
+from rubric.evaluator import Grades, RubricEvaluator, Scored
+from rubric.schema import Rubric
 
 
 class DomainResult(NamedTuple):
     greedy_N: np.ndarray  # f32 grades in [1, 4] of the domain's prompts, NaN where the grader gave none
     sampled_NS: np.ndarray | None  # the same for eval.samples completions a prompt at temperature 1
+    scores_NK: np.ndarray | None = None  # f32 of the greedy replies: rubric.scoring.of_domain; this and more not saved
+    rows: tuple[dict, ...] = ()  # of the prompts
+    replies: tuple[str | None, ...] = ()  # greedy ones; None where another process has it
 
 
 Results = dict[str, DomainResult]  # by domain name; prompts in the same order at every evaluation
 
 
 class Evaluator:
-    """Holds the test prompts in static batches; `run` is a function of the parameters only."""
+    """Holds the test prompts in static batches; `run` is a function of the parameters only. mesh: the rollout's."""
 
     def __init__(
         self,
@@ -53,32 +59,42 @@ class Evaluator:
         self.test = sorted((prompt for domain in kept for prompt in domain), key=lambda prompt: len(prompt.ids))
 
     def run(self, params) -> Results:
-        """Grades per domain name. Parameters are read, not donated."""
+        """Grades per domain name. Parameters, on whatever mesh, are read, not donated."""
+        params = sync(self.decoder, params, self.mesh)
         with jax.set_mesh(self.mesh):
-            greedy = self._grades(params, self.greedy)[:, 0]
+            scored, replies = self._scored(params, self.greedy)
             sampled = None
             if self.config.samples > 1:
-                sampled = self._grades(params, self.greedy._replace(temperature=1.0, group_size=self.config.samples))
-        domain = np.array([prompt.domain for prompt in self.test])
+                warm = self.greedy._replace(temperature=1.0, group_size=self.config.samples)
+                sampled = _known(self._scored(params, warm)[0].grades).reshape(-1, self.config.samples)
+        domain, greedy = np.array([prompt.domain for prompt in self.test]), _known(scored.grades)
         return {
-            name: DomainResult(greedy[domain == d], None if sampled is None else sampled[domain == d])
+            name: DomainResult(
+                greedy[domain == d],
+                None if sampled is None else sampled[domain == d],
+                scored.scores_BK[domain == d],
+                tuple(self.test[i].row for i in np.flatnonzero(domain == d)),
+                tuple(replies[i] for i in np.flatnonzero(domain == d)),
+            )
             for d, name in enumerate(self.names)
         }
 
-    def _grades(self, params, sampling: Sampling) -> np.ndarray:
-        """f32 [test prompts, group_size], NaN where invalid."""
+    def _scored(self, params, sampling: Sampling) -> tuple[Scored, list[str | None]]:
+        """Of test prompts x group_size rows what they scored, and the replies that this process has."""
         size = self.config.batch
         batches = [self.test[start : start + size] for start in range(0, len(self.test), size)]
         made = [self._generate(params, sampling, batch, number) for number, batch in enumerate(batches)]
-        grades = []
+        held, said, grades, scores = [], [], [], []
         for batch, generated in zip(batches, made):  # the device works on the next batch while this one is graded
-            tokens_BT, mask_BT = jax.device_get((generated.tokens_BT, generated.loss_mask_BT))
-            rows = len(batch) * sampling.group_size
-            replies = list(prompts.replies(self.tokenizer, tokens_BT[:rows], mask_BT[:rows]))
             repeated = [prompt for prompt in batch for _ in range(sampling.group_size)]
-            graded = self.grader.grade([p.domain for p in repeated], [p.row for p in repeated], replies)
-            grades.append(np.where(graded.valid_B, graded.grade_B, np.nan).reshape(len(batch), sampling.group_size))
-        return np.concatenate(grades).astype(np.float32)
+            replies = rows.read(self.tokenizer, generated.tokens_BT, generated.loss_mask_BT)[: len(repeated)]
+            mine_B, scored = rows.grade(self.grader, repeated, replies)
+            held.append(mine_B)
+            said += replies
+            grades.append(scored.grades)
+            scores.append(scored.scores_BK)
+        joined = Scored(Grades(*map(np.concatenate, zip(*grades))), np.concatenate(scores))
+        return rows.whole(np.concatenate(held), joined), said
 
     def _generate(self, params, sampling: Sampling, batch: list[Prompt], number: int):
         filled = batch + [batch[-1]] * (self.config.batch - len(batch))
@@ -87,13 +103,21 @@ class Evaluator:
         return generate(self.decoder, sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key)
 
 
+def _known(grades: Grades) -> np.ndarray:
+    """f32 grades, NaN where invalid."""
+    return np.where(grades.valid_B, grades.grade_B, np.nan).astype(np.float32)
+
+
 def passed(grades: np.ndarray) -> np.ndarray:
     """1.0 where grade >= 3, 0.0 where not, NaN where the grader gave none."""
     return np.where(np.isnan(grades), np.nan, grades >= 3)
 
 
-def metrics(results: Results) -> dict[str, float | None]:
-    """eval/pass_rate/<domain>, eval/grade/<domain>, eval/macro; with samples eval/pass_at_1/<domain> and its macro."""
+def metrics(results: Results, rubrics: Sequence[Rubric | None] = ()) -> dict[str, float | None]:
+    """eval/pass_rate/<domain>, eval/grade/<domain>, eval/macro; with samples eval/pass_at_1/<domain> and its macro.
+
+    rubrics: in the order of the results; adds eval/score, eval/criterion_<name> and eval/<measure> of each domain.
+    """
     row, rates, sampled_rates = {}, [], []
     for name, result in results.items():
         rate, grade = average(passed(result.greedy_N)), average(result.greedy_N)
@@ -102,6 +126,9 @@ def metrics(results: Results) -> dict[str, float | None]:
         if result.sampled_NS is not None:
             sampled_rates.append(average(passed(result.sampled_NS)))
             row[f"eval/pass_at_1/{name}"] = sampled_rates[-1]
+    for (name, result), rubric in zip(results.items(), rubrics):
+        if rubric is not None and result.scores_NK is not None:
+            row |= scoring.metrics(rubric, scoring.of_domain(rubric, result.scores_NK), name, "eval/")
     row["eval/macro"] = None if None in rates else float(np.mean(rates))
     if sampled_rates:
         row["eval/macro_pass_at_1"] = None if None in sampled_rates else float(np.mean(sampled_rates))

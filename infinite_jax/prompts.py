@@ -24,7 +24,7 @@ KEY_STREAM = 0x70726F6D  # "prom": keeps these keys off those folded from the sa
 
 
 class Prompt(NamedTuple):
-    row: dict  # the data row: messages, answer, meta, key
+    row: dict  # the data row: messages, answer, meta, tools, key
     ids: tuple[int, ...]
     domain: int
     number: int = 0  # place among all training prompts, counted by PriorityStream

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
-from infinite_jax import changes, record, run_folder
+from infinite_jax import changes, grader_watch, record, run_folder
 from infinite_jax.session import open_session, set_up_runtime
 from infinite_jax.train import evaluate, train
+from sharding import exchange, multihost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="run.steps, run.tokens, run.*_every, run.keep_*, mesh.*; add=FILE, a YAML list of domains, as under "
         "`domains:`; retire=NAME[,NAME], no longer trained on, still evaluated",
     )
+    cli.add_process_arguments(arguments)
     given = arguments.parse_args(argv)
     run_dir = given.run_dir
     with cli.bad_input():
         asked, overrides = changes.take(given.overrides)
         config = changes.apply(run_folder.load_config(run_dir, overrides), asked)
         set_up_runtime(config)
+        cli.join_processes(given)
         session = open_session(config)
         try:
             run_folder.check_data(run_dir, session.data_sha256)
@@ -51,19 +54,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = changes.date(config, asked, start or 0)
             session = session._replace(config=config)
             state, new = changes.grow(session, state)
-            record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
-            run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
+            exchange.barrier("resume:read")  # before the first process changes what the others read
+            if multihost.is_first():
+                grader_watch.check_saved(config, run_dir, start)
+                record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
+                run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
         except BaseException:
             session.grader.close()
             raise
     with session.grader:
-        print(f"continuing {run_dir} " + ("from its beginning" if start is None else f"after step {start}"))
-        for name in asked.retire:
-            print(f"retired: {name}, evaluated on")
+        if multihost.is_first():
+            print(f"continuing {run_dir} " + ("from its beginning" if start is None else f"after step {start}"))
+            for name in asked.retire:
+                print(f"retired: {name}, evaluated on")
+            if new:
+                print(f"added: {', '.join(new)}")
         if new:  # their rates before any training, beside those of the others
-            print(f"added: {', '.join(new)}")
-            record.amend(run_dir, start, session.names, evaluate(session, run_dir, start, state))
-        return train(session, run_dir, state, start)
+            with multihost.shared_fate():
+                metrics, _ = evaluate(session, run_dir, start, state)
+                if multihost.is_first():
+                    record.amend(run_dir, start, session.names, metrics)
+        code = train(session, run_dir, state, start)
+    multihost.shutdown()
+    return code
 
 
 if __name__ == "__main__":

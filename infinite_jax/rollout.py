@@ -11,10 +11,13 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from kernels.logprob import entry
 from models import policy
 from models.architectures import DecoderConfig
-from sharding.rules import constrain
+from models.layout import copies
+from sharding.rules import constrain, shards, tree_shardings
 
 
 class Sampling(NamedTuple):
@@ -61,7 +64,35 @@ def choose(logits_NV: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[ja
         return jnp.argmax(logits_NV, axis=-1).astype(jnp.int32), jnp.zeros(logits_NV.shape[:1], jnp.float32)
     logp_NV = processed_logp(logits_NV, sampling)
     token_N = jax.random.categorical(key, logp_NV, axis=-1).astype(jnp.int32)
-    return token_N, jnp.take_along_axis(logp_NV, token_N[:, None], axis=-1)[:, 0]
+    return token_N, entry(logp_NV, token_N)
+
+
+def sync(config: DecoderConfig, params, mesh: Mesh):
+    """The parameters as `generate` reads them most cheaply, on the rollout's mesh: cast, split over `tensor` alone.
+
+    `params` themselves where they lie on that mesh and nothing is split otherwise: `generate` casts. The copy lives as
+    long as it is sampled from. Left out: a transfer a layer at a time, beside what still computes.
+    """
+    here = jax.tree.leaves(params)[0].sharding.mesh
+    if here == mesh and mesh.shape["fsdp"] * mesh.shape["seq"] == 1:
+        return params
+    if list(here.devices.flat) == list(mesh.devices.flat):
+        return _cast(config, here, mesh)(params)
+    return jax.device_put(_cast(config, here, here)(params), _placement(config, mesh))
+
+
+@functools.cache
+def _cast(config: DecoderConfig, here: Mesh, there: Mesh):
+    """The compiled cast, and then the way from one split of the same devices to another: half the bytes move."""
+
+    def cast(params):
+        return jax.lax.with_sharding_constraint(policy.cast(config, params), _placement(config, here))
+
+    return jax.jit(cast, out_shardings=_placement(config, there))
+
+
+def _placement(config: DecoderConfig, mesh: Mesh):
+    return tree_shardings(mesh, policy.logical_axes(config), policy.abstract_params(config))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
@@ -78,7 +109,12 @@ def generate(
       Rows in the order prompt 0 sample 0, prompt 0 sample 1, ...; B = P x group_size.
     """
     chex.assert_rank([prompt_PT, length_P], [2, 1])
+    if shards("seq") > 1:
+        raise ValueError("generate: rows are whole in decoding: set a mesh with seq=1, such as make_rollout_mesh gives")
     params = policy.cast(config, params)
+    repeats = copies(len(prompt_PT), len(prompt_PT) * sampling.group_size)
+    prompt_PT, length_P = (jnp.repeat(x, repeats, axis=0) for x in (prompt_PT, length_P))
+    sampling = sampling._replace(group_size=sampling.group_size // repeats)
     hidden_PTE, prefix = policy.prefill(config, params, constrain(prompt_PT, "batch", "length"))
     last_PE = jnp.take_along_axis(hidden_PTE, (length_P - 1)[:, None, None], axis=1)[:, 0]
     rows = prompt_PT.shape[0] * sampling.group_size

@@ -13,10 +13,18 @@ from configs import schema
 from configs.schema import Config
 from infinite_jax.checkpoint import Checkpointer
 from models import source
+from sharding import exchange, multihost
 
 
 def choose(config: Config) -> Path:
-    """run.dir (default runs/<name>-<UTC time>). Raises ValueError if it holds anything. Makes nothing yet."""
+    """run.dir (default runs/<name>-<UTC time>), on all processes the first one's choice. Makes nothing yet.
+
+    Raises ValueError, on the first process, if the folder holds anything.
+    """
+    return Path(exchange.from_first(str(_choose(config)) if multihost.is_first() else None))
+
+
+def _choose(config: Config) -> Path:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.dir or f"runs/{config.run.name}-{stamp}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -24,6 +32,18 @@ def choose(config: Config) -> Path:
             f"run.dir={folder} is not empty: continue it with `python -m infinite_jax.resume {folder}` or name another"
         )
     return folder
+
+
+def claim(folder: Path, config: Config, data_sha256: dict[str, str]) -> None:
+    """Makes the folder, with config.yaml in it. All processes see it, or ValueError says which does not."""
+    if multihost.is_first():
+        save_config(folder, config, data_sha256)
+    exchange.barrier("claimed")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"run.dir={folder}: process {jax.process_index()} does not see what process 0 wrote there: name a folder "
+            "of a file system that all hosts share"
+        )
 
 
 def save_config(folder: Path, config: Config, data_sha256: dict[str, str], changes: Sequence[dict] = ()) -> None:

@@ -3,6 +3,9 @@
 A prompt goes through the model once for all its samples, as in the rollout; their gradients meet in its keys and
 values. Only completions go through the vocabulary. Where prompts are long and completions short, either would
 otherwise be most of the work.
+
+A completion's row begins with the prompt's last token, which predicts its first; the prompt goes without it. So every
+prediction lies where its own token belongs, and no hidden state moves between the devices that split a row.
 """
 
 import functools
@@ -11,11 +14,13 @@ from dataclasses import dataclass
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels.logprob import token_logp
+from kernels.logprob import MAX_LOGITS, token_logp
 from models import policy
 from models.architectures import DecoderConfig
-from sharding.rules import constrain
+from models.layout import copies, padded, positions
+from sharding.rules import constrain, shards, split
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,31 @@ def completion_logp(
       span, group: static: max_new_tokens and group_size.
     """
     chex.assert_equal_shape([tokens_BT, loss_mask_BT])
-    width = tokens_BT.shape[1] - span
-    tokens_BT = constrain(tokens_BT, "batch", "length")
+    rows, width = tokens_BT.shape[0], tokens_BT.shape[1] - span
     # a row without a mask, not graded, has its prompt's length from the others; a group of such rows counts nowhere
     length_P = jnp.maximum(jnp.argmax(loss_mask_BT, axis=1).reshape(-1, group).max(axis=1), 1)
-    hidden_PTE, prefix = policy.prefill(config, params, constrain(tokens_BT[::group, :width], "batch", "length"))
-    slot_BS = jnp.repeat(length_P, group)[:, None] + jnp.arange(span)
-    target_BS = jnp.take_along_axis(tokens_BT, slot_BS, axis=1)
-    hidden_BSE = policy.extend(config, params, constrain(target_BS, "batch", "length"), prefix, length_P)
-    last_PE = jnp.take_along_axis(hidden_PTE, (length_P - 1)[:, None, None], axis=1)
-    predictor_BSE = jnp.concatenate([jnp.repeat(last_PE, group, axis=0), hidden_BSE[:, :-1]], axis=1)
-    unembed = functools.partial(policy.unembed, config, params)
-    found = token_logp(unembed, predictor_BSE, target_BS, temperature)
+    repeats = copies(len(length_P), rows)
+    length_P, group = jnp.repeat(length_P, repeats), group // repeats
+    length_B1 = jnp.repeat(length_P, group)[:, None]
+    ahead_P = length_P - 1  # the last token of a prompt leads the completion, whose first token it predicts
+    prompt_PT = jnp.pad(tokens_BT[::group, :width], ((0, 0), (0, padded(width) - width)))[:, positions(padded(width))]
+    _, prefix = policy.prefill(config, params, constrain(prompt_PT, "batch", "length"))
+    slot_BS = length_B1 + positions(padded(span))  # of each prediction's token; past the row's end where T is padded
+    input_BS, target_BS = (jnp.take_along_axis(tokens_BT, slot_BS - back, axis=1, mode="clip") for back in (1, 0))
+    hidden_BSE = policy.extend(config, params, constrain(input_BS, "batch", "length"), prefix, ahead_P)
+    unembed = functools.partial(policy.unembed, config, policy.head(config, params))
+    target_BS, parts = constrain(target_BS, "batch", "length"), shards("seq")
+    most = MAX_LOGITS * split(("batch", None, "vocab"), (rows, 1, config.vocab_size)) * parts
+    found = token_logp(unembed, hidden_BSE, target_BS, temperature, most, parts)
+    natural = np.argsort(positions(padded(span)))[:span]
+    slot_BS = length_B1 + np.arange(span)
     chosen_BS = jnp.take_along_axis(loss_mask_BT, slot_BS, axis=1)
-    rows_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-    return tuple(jnp.zeros(tokens_BT.shape).at[rows_B1, slot_BS].set(jnp.where(chosen_BS, x, 0.0)) for x in found)
+
+    empty_BT = jnp.zeros(tokens_BT.shape)
+
+    def placed(x_BS):
+        x_BS = constrain(x_BS[:, natural], "batch", None)
+        # row by row, which tells the compiler that no row goes to another device
+        return jax.vmap(lambda row, slot, x: row.at[slot].set(x))(empty_BT, slot_BS, jnp.where(chosen_BS, x_BS, 0.0))
+
+    return placed(found[0]), placed(found[1])

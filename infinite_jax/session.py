@@ -12,27 +12,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from configs import limits
 from configs.schema import Config
 from curriculum import domains, policies
 from curriculum.triage import NEVER, Roster, roster
-from infinite_jax import prompts
+from infinite_jax import placement, prompts
 from infinite_jax.canary import Canary
 from infinite_jax.heldout import Evaluator
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
-from infinite_jax.trainer import InfiniteGRPOTrainer, initial_train_state
+from infinite_jax.trainer import InfiniteGRPOTrainer
 from infinite_jax.types import Params, RunState
 from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
+from rubric import schema
 from rubric.evaluator import RubricEvaluator
-from sharding.mesh import make_mesh
+from sharding import auto, exchange
+from sharding.mesh import MeshConfig, make_mesh, make_rollout_mesh
 
 
 class Session(NamedTuple):
     config: Config
-    mesh: Mesh
+    mesh: Mesh  # that trains
     decoder: DecoderConfig
     tokenizer: object
     names: list[str]
@@ -55,7 +57,8 @@ def set_up_runtime(config: Config) -> None:
 class Loaded(NamedTuple):
     """What is read from the model's and the domains' files: the same for every policy and seed."""
 
-    mesh: Mesh
+    mesh: Mesh  # that trains
+    rollout_mesh: Mesh
     decoder: DecoderConfig
     tokenizer: object
     stop_ids: tuple[int, ...]
@@ -70,22 +73,48 @@ def open_session(config: Config) -> Session:
     The caller closes `grader`.
     """
     limits.validate(config, jax.device_count())
+    if config.mesh.rollout_devices and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh.rollout_devices={config.mesh.rollout_devices}: a rollout on devices of its own needs one process, "
+            "since arrays do not move between several: set it to 0"
+        )
     return assemble(config, *load(config))
 
 
 def load(config: Config) -> tuple[Loaded, Params]:
     """The files, and the model's parameters on the mesh."""
-    mesh = make_mesh(config.mesh)
+    sizes = sized(config, source.network(config.model))
+    mesh = make_mesh(sizes)
     text = source.load_tokenizer(config.model)
     train, test = _read_domains(config, text)
     decoder, params = source.load(config.model, mesh)
     stop_ids, pad_id = _markup(config, text, decoder, [*_all(train), *test])
-    return Loaded(mesh, decoder, text, stop_ids, pad_id, train, test), params
+    return Loaded(mesh, make_rollout_mesh(sizes, mesh), decoder, text, stop_ids, pad_id, train, test), params
+
+
+def sized(config: Config, decoder: DecoderConfig) -> MeshConfig:
+    """config.mesh with its sizes chosen where it leaves them open; prints why. Raises ValueError, one line."""
+    if not config.mesh.chosen:
+        return config.mesh
+    algorithm, memory = config.algorithm, jax.local_devices()[0].memory_stats() or {}
+    need = auto.Need(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_params(decoder))),
+        width=decoder.embed_dim,
+        layers=decoder.num_layers,
+        kv_heads=decoder.num_kv_heads,
+        rows=algorithm.prompts * algorithm.group_size // (algorithm.minibatches * algorithm.microbatches),
+        longest=algorithm.prompt_buckets[-1] + algorithm.max_new_tokens,
+        memory=exchange.from_first(memory.get("bytes_limit")),  # hosts may differ, meshes must not
+    )
+    mesh, reason = auto.choose(config.mesh, jax.device_count(), need)
+    if jax.device_count() > 1 and jax.process_index() == 0:
+        print(reason)
+    return mesh
 
 
 def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     """The parts, built. `params` go into the state of step 0, which a step donates. The caller closes `grader`."""
-    mesh, decoder, text, stop_ids, pad_id, train, test = loaded
+    mesh, rollout_mesh, decoder, text, stop_ids, pad_id, train, test = loaded
     names, seed = [domain.name for domain in config.domains], config.run.seed
     if config.curriculum.level == "prompt":
         stream = PriorityStream(train, seed, config.curriculum.prompt)
@@ -97,12 +126,16 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     canary = (
         Canary(decoder, mesh, text, pad_id, config.model.apply_chat_template, params) if config.eval.canary else None
     )
-    shared, ids = (decoder, mesh), (text, stop_ids, pad_id)
-    grader = RubricEvaluator([domain.environment for domain in config.domains], config.rubric)
+    ids, offload = (text, stop_ids, pad_id), config.mesh.offload
+    rubrics = schema.load_all([domain.rubric for domain in config.domains])
+    grader = RubricEvaluator([domain.environment for domain in config.domains], config.rubric, rubrics)
     trainer = InfiniteGRPOTrainer(
         config.algorithm,
-        *shared,
-        reference,
+        decoder,
+        mesh,
+        rollout_mesh,
+        offload,
+        placement.waiting(offload, reference),
         *ids,
         names,
         stream,
@@ -111,10 +144,10 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         grader,
         seed,
     )
-    evaluator = Evaluator(config.eval, config.algorithm, *shared, *ids, test, names, grader, seed)
+    evaluator = Evaluator(config.eval, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, seed)
     triage = curriculum.init(seed, members(config, stream.sets.size_D))
-    triage = jax.device_put(triage, NamedSharding(mesh, PartitionSpec()))
-    train_state = initial_train_state(config.algorithm, decoder, params, mesh)
+    triage = exchange.replicated(mesh, triage)
+    train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, offload)
     state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64))
     hashes = _data_hashes(names, train, test)
     return Session(config, mesh, decoder, text, names, grader, evaluator, canary, trainer, state, hashes)

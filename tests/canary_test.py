@@ -17,12 +17,12 @@ from infinite_jax import canary
 from infinite_jax.canary import Canary, divergence
 from models import hf, policy, source, tokenizer
 from models.architectures import from_hf
-from sharding.mesh import MeshConfig, make_mesh
+from sharding.mesh import build
 from sharding.rules import tree_shardings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT, PROMPTS = (block.splitlines() for block in (ROOT / "infinite_jax/canary.txt").read_text().strip().split("\n\n"))
-TINY = source.ModelConfig("tiny", "float32", "none", True)
+TINY = source.ModelConfig("tiny", "float32", "none", True, "auto")
 
 
 def moved(params, scale: float, seed: int = 0):
@@ -34,7 +34,7 @@ def moved(params, scale: float, seed: int = 0):
 @pytest.fixture(scope="module")
 def tiny():
     """(decoder, start, parameters after some training, tokenizer, the canary of the start)."""
-    mesh, text = make_mesh(MeshConfig(1, 1, 1, 1)), source.load_tokenizer(TINY)
+    mesh, text = build((1, 1, 1, 1)), source.load_tokenizer(TINY)
     decoder, start = source.load(TINY, mesh)
     return decoder, start, moved(start, 0.02), text, Canary(decoder, mesh, text, tokenizer.pad_id(text), True, start)
 
@@ -131,7 +131,7 @@ def small(shape: tuple[int, ...]) -> dict[str, float]:
     )  # fmt: skip
     decoder, text = from_hf(layout), source.load_tokenizer(TINY)
     start = policy.init(decoder, jax.random.key(0))
-    mesh = make_mesh(MeshConfig(*shape))
+    mesh = build(shape)
     place = tree_shardings(mesh, policy.logical_axes(decoder), start)
     start, now = (jax.device_put(params, place) for params in (start, moved(start, 0.1)))
     return Canary(decoder, mesh, text, tokenizer.pad_id(text), True, start).run(now)
@@ -149,4 +149,4 @@ def test_a_mesh_gives_one_devices_numbers():
 
 
 if __name__ == "__main__":
-    print(json.dumps(small((1, 4, 2, 1))))
+    print(json.dumps(small((1, 4, 1, 2))))

@@ -380,9 +380,9 @@ EIGHT_DEVICES = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from infinite_jax.checkpoint import Checkpointer
-from sharding.mesh import MeshConfig, make_mesh
+from sharding.mesh import build
 def on(data, fsdp, tensor, spec):
-    mesh = make_mesh(MeshConfig(data, fsdp, tensor, 1))
+    mesh = build((data, fsdp, 1, tensor))
     return {"a": {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=NamedSharding(mesh, spec))}}
 folder, expected = sys.argv[1], np.arange(128, dtype=np.float32).reshape(16, 8)
 first = on(1, 8, 1, P("fsdp", None))

@@ -30,7 +30,8 @@ def write(folder: Path, name: str, text: str | bytes) -> str:
 
 
 def test_json_forms_read_alike(tmp_path):
-    rows = [ROW, TURNS, ROW, {**ROW, "answer": {"name": "f", "arguments": {}}}]
+    tools = [{"name": "f", "parameters": {"type": "object"}}]
+    rows = [ROW, TURNS, ROW, {**ROW, "answer": {"name": "f", "arguments": {}}, "tools": tools}]
     sources = [
         write(tmp_path, "a.json", json.dumps(rows)),
         write(tmp_path, "b.json", "\ufeff" + json.dumps(rows, indent=3).replace("\n", "\r\n")),
@@ -57,9 +58,12 @@ def test_tables_read_alike(tmp_path):
     parquet.write_table(Table.from_pylist([ROW]), tmp_path / "e.parquet")
     for name in ("a.csv", "b.csv", "c.csv", "d.parquet", "e.parquet"):
         assert read(name, tmp_path) == [ROW], name
-    write(tmp_path, "f.csv", 'prompt,answer,meta,key\nq,"1, 2","{""separator"": "", ""}",k\n')
+    write(
+        tmp_path, "f.csv", 'prompt,answer,meta,key,tools\nq,"1, 2","{""separator"": "", ""}",k,"[{""name"": ""f""}]"\n'
+    )
     (row,) = read("f.csv", tmp_path)
     assert row["answer"] == "1, 2" and row["meta"] == {"separator": ", "} and row["key"] == "k"
+    assert row["tools"] == [{"name": "f"}]
 
 
 GOOD = json.dumps(ROW)
@@ -88,6 +92,7 @@ MALFORMED = [
     ("a.jsonl", GOOD.replace("answer", "answers"), ":1: answer is missing; expected text, a list of texts, or JSON"),
     ("a.jsonl", GOOD.replace('"4"', '""'), ':1: answer is ""'),
     ("a.jsonl", GOOD[:-1] + ', "meta": 3}', ":1: meta is 3; expected an object"),
+    ("a.jsonl", GOOD[:-1] + ', "tools": {}}', ":1: tools is {}; expected a list"),
     ("a.jsonl", GOOD[:-1] + ', "key": 3}', ":1: key is 3; expected text"),
     ("a.jsonl", GOOD.encode() + b"\n" + GOOD.replace("4", "\xe9").encode("latin-1"), ":2: byte 0xe9 is not UTF-8"),
     ("a.csv", "q,answer\n1,2\n", ":1: the columns are q, answer; expected answer and one of messages, prompt"),

@@ -142,15 +142,16 @@ def numpy_loss(config, batch, logp, entropy):
     total = 0.0
     for n in rows:
         steps = np.flatnonzero(b.loss_mask_BT[n])
-        for t in steps:
-            ratio = np.exp(logp[n, t] - b.logp_old_BT[n, t])
+        gaps = logp[n, steps] - b.logp_old_BT[n, steps]
+        for t, gap in zip(steps, gaps):
+            ratio = np.exp(gap if config.ratio == "token" else gaps.mean())
             adv = b.advantage_BT[n, t] * b.lr_scale_B[n]
             gain = min(ratio * adv, np.clip(ratio, 1 - config.clip_low, 1 + config.clip_high) * adv)
             if config.importance_cap:
                 gain *= min(np.exp(b.logp_old_BT[n, t] - b.logp_beh_BT[n, t]), config.importance_cap)
             d = b.logp_ref_BT[n, t] - logp[n, t]
             k3 = np.exp(d) - 1 - d
-            kl = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_is": ratio * k3}[config.kl_estimator]
+            kl = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_is": np.exp(gap) * k3}[config.kl_estimator]
             loss = -gain + b.kl_coef_B[n] * kl - config.entropy_coef * entropy[n, t]
             total += (
                 loss
@@ -164,17 +165,24 @@ def numpy_loss(config, batch, logp, entropy):
 
 
 @pytest.mark.parametrize(
-    "aggregation, kl, cap, high",
+    "aggregation, kl, cap, high, ratio",
     [
-        ("token_mean", "k1", 0.0, 0.2),
-        ("seq_mean", "k2", 1.1, 0.28),
-        ("seq_sum_const", "k3", 2.0, 0.2),
-        ("token_mean", "k3_is", 1.1, 0.28),
+        ("token_mean", "k1", 0.0, 0.2, "token"),
+        ("seq_mean", "k2", 1.1, 0.28, "token"),
+        ("seq_sum_const", "k3", 2.0, 0.2, "token"),
+        ("token_mean", "k3_is", 1.1, 0.28, "token"),
+        ("seq_mean", "k3_is", 0.0, 0.2, "sequence"),
     ],
 )
-def test_loss_agrees_with_numpy(aggregation, kl, cap, high):
+def test_loss_agrees_with_numpy(aggregation, kl, cap, high, ratio):
     config = dataclasses.replace(
-        CONFIG, aggregation=aggregation, kl_estimator=kl, importance_cap=cap, clip_high=high, entropy_coef=0.01
+        CONFIG,
+        aggregation=aggregation,
+        kl_estimator=kl,
+        importance_cap=cap,
+        clip_high=high,
+        ratio=ratio,
+        entropy_coef=0.01,
     )
     batch = make_batch(6, 5)
     loss, _, _ = grpo.loss_and_grad(config, bigram, PARAMS, batch)
@@ -210,6 +218,45 @@ def test_first_update_is_reinforce_and_a_second_one_clips():
     state, _ = grpo.train_step(dataclasses.replace(CONFIG, learning_rate=1.0), bigram, state, batch)
     _, metrics = grpo.train_step(CONFIG, bigram, state, batch)
     assert metrics["policy/clip_fraction"] > 0.1
+
+
+def test_the_sequence_ratio_has_the_gradient_of_gspo():
+    """Eq. 10 of the paper, inside the clip: (1 / B) sum_i s_i A_i (1 / |y_i|) sum_t grad log pi(y_it)."""
+    config = dataclasses.replace(CONFIG, ratio="sequence", aggregation="seq_mean", kl_type="none", clip_low=1.0)
+    config = dataclasses.replace(config, clip_high=1e9)
+    batch = make_batch(6, 5, seed=2)._replace(lr_scale_B=jnp.ones(6))
+    advantage_B = jnp.asarray(np.random.default_rng(5).normal(size=6), jnp.float32)
+    batch = batch._replace(advantage_BT=jnp.broadcast_to(advantage_B[:, None], (6, 5)))
+    mask = batch.loss_mask_BT
+    count_B = mask.sum(1)
+    s_B = jnp.exp(jnp.where(mask, bigram(PARAMS, batch.tokens_BT, None)[0] - batch.logp_old_BT, 0).sum(1) / count_B)
+
+    def weighted(params):
+        mean_B = jnp.where(mask, bigram(params, batch.tokens_BT, None)[0], 0).sum(1) / count_B
+        return -jnp.mean(s_B * advantage_B * mean_B)
+
+    assert (np.asarray(count_B) > 0).all()
+    found = grpo.loss_and_grad(config, bigram, PARAMS, batch)[2]
+    np.testing.assert_allclose(found, jax.grad(weighted)(PARAMS), rtol=1e-5, atol=1e-7)
+
+
+def test_updates_of_a_batch_go_through_every_group_once_an_epoch():
+    config = dataclasses.replace(CONFIG, group_size=2, epochs=2, minibatches=2)
+    batch, key = make_batch(8, 5), jax.random.key(3)
+    start = TrainState(PARAMS, grpo.optimizer(config).init(PARAMS), jnp.int32(0))
+    state, metrics = jax.jit(grpo.update, static_argnums=(0, 1))(config, bigram, start, batch, key)
+    assert state.step == 4
+    by_hand, losses, arrays = start, [], jax.tree.map(np.asarray, batch)
+    for epoch_key in jax.random.split(key, 2):
+        order = np.asarray(jax.random.permutation(epoch_key, 4))
+        assert sorted(order) == [0, 1, 2, 3]
+        for groups in (order[:2], order[2:]):
+            rows = np.array([2 * g + i for g in groups for i in range(2)])
+            by_hand, found = grpo.train_step(config, bigram, by_hand, Batch(*(x[rows] for x in arrays)))
+            losses.append(float(found["loss"]))
+    np.testing.assert_allclose(state.params, by_hand.params, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    assert len(set(losses)) == 4  # the parts differ, and the second epoch sees moved parameters
 
 
 def test_masked_tokens_have_no_gradient():

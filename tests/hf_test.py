@@ -249,10 +249,10 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from models import hf
-from sharding.mesh import MeshConfig, make_mesh
+from sharding.mesh import build
 
 folder, out = sys.argv[1:]
-mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, seq=1))
+mesh = build((2, 2, 1, 2))
 _, whole = hf.load(folder, jnp.float32)
 config, params = hf.load(folder, jnp.float32, mesh=mesh)
 jax.tree.map(np.testing.assert_array_equal, params, whole)

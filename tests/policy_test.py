@@ -254,7 +254,7 @@ MESH_SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from models import policy
 from policy_test import LLAMA, decode_all, random_params, random_tokens
-from sharding.mesh import MeshConfig, make_mesh
+from sharding.mesh import build
 from sharding.rules import sharding, tree_shardings
 
 @jax.jit
@@ -265,7 +265,7 @@ def gradient(params, tokens):
 params, tokens = random_params(LLAMA), random_tokens(8, 8)
 lengths, completions = jnp.arange(1, 9), random_tokens(16, 3, 1)
 expected = gradient(params, tokens), decode_all(LLAMA, params, tokens, lengths, completions)
-mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, seq=1))
+mesh = build((1, 4, 1, 2))
 with jax.set_mesh(mesh):
     params = jax.device_put(params, tree_shardings(mesh, policy.logical_axes(LLAMA), params))
     tokens = jax.device_put(tokens, sharding(mesh, ("batch", None), tokens.shape))

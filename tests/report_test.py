@@ -114,6 +114,7 @@ def whole(tmp_path_factory):
     events = [
         {"step": 5, "kind": "drift", "domain": "add", "drift/ref": 0.9},
         {"step": 8, "kind": "drift_over", "domain": "add", "drift/ref": 0.85},
+        {"step": 9, "kind": "grader_drift", "domain": ODD, "n": 16, "pass_shift": -0.25, "version_changed": True},
         {"step": 99, "kind": "of a step that was cut off", "domain": "add"},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
@@ -171,6 +172,24 @@ def test_events_are_listed_once_with_their_step(page):
     assert re.search(r"3\s+skipped update", events) and re.search(r"4\s+ungraded replies\s+25.0%", events)
     assert re.search(r"7\s+arrival, retirement\s+late", events)
     assert re.search(r"8\s+drift over\s+add\s+drift/ref 0.850", events) and "cut off" not in events
+    drift = r"9\s+grader drift\s+<b>odd</b>.*?\s+n 16, pass_shift −0.250, version_changed True"
+    assert len(re.findall(drift, events)) == 1 and re.search(r"grader drift\s+not recorded", events)  # no anchors here
+
+
+def test_the_reward_hacking_watch_shows_each_flag_with_its_numbers(page, tmp_path):
+    """Lengths of the odd domain from 10 to 30 tokens, those of add about 10 throughout."""
+    assert "Not recorded" in page.by_section["hacking"]
+    rows = [{"step": s, f"watch/length/{ODD}": (10 if s <= 20 else 30) + s % 2, "watch/length/add": 10 + s % 2}
+            for s in range(1, 41)]  # fmt: skip
+    write_run(tmp_path / "run", rows)
+    shown = render(tmp_path / "run").by_section["hacking"]
+    assert re.search(r"<b>odd</b>.*?\s+replies changed in length, tokens\s+10.5\s+30.5\s+[\d.]+\s+40", shown)
+    assert shown.count("replies changed") == 1
+    write_run(tmp_path / "short", rows[:39])
+    assert "no domain has 40 steps" in render(tmp_path / "short").by_section["hacking"]
+    quiet = [{key: value for key, value in row.items() if "odd" not in key} for row in rows]
+    write_run(tmp_path / "quiet", quiet)
+    assert "No flag, of 1 domains" in render(tmp_path / "quiet").by_section["hacking"]
 
 
 def test_undefined_measures_show_their_reason(page):

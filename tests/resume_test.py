@@ -32,7 +32,7 @@ def setting(tmp_path_factory) -> Path:
     )  # fmt: skip
     config, grader = from_hf(shape), f"environment: {folder / 'checksum.py'}"
     hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
-    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True)).save_pretrained(folder / "model")
+    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto")).save_pretrained(folder / "model")
     (folder / "small.yaml").write_text(
         "defaults: [config, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"

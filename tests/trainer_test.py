@@ -12,7 +12,7 @@ from configs.cli import compose_config
 from infinite_jax import batch, grpo, trainer
 from infinite_jax.prompts import Prompt, Stream, pad
 from infinite_jax.types import Rollout
-from rubric.evaluator import Grades
+from rubric.evaluator import Grades, Scored
 
 CONFIG = dataclasses.replace(
     compose_config("config", None, []).algorithm, group_size=2, kl_type="none", advantage="none", microbatches=2
@@ -39,9 +39,9 @@ def logp_fn(params, tokens_BT, mask_BT):
     return logp, logp * 0
 
 
-def prepared(**changes):
+def prepared(rollout=ROLLOUT, **changes):
     config, parameters = dataclasses.replace(CONFIG, **changes), (jnp.float32(0.1), jnp.float32(0.2))
-    return batch.prepare(config, logp_fn, *parameters, ROLLOUT, GRADES, jnp.array([1, 1, 0.5, 1]))
+    return batch.prepare(config, logp_fn, *parameters, rollout, GRADES, jnp.array([1, 1, 0.5, 1]))
 
 
 STATS = batch.tally(2, 4, ROLLOUT.domain_B, GRADES, jnp.array([1.0, 2.0, 3.0, 4.0]))
@@ -54,6 +54,15 @@ def test_rows_without_a_valid_grade_reach_neither_gradient_nor_triage():
     np.testing.assert_array_equal(STATS.tried, [1, 1, 2, 0])
     np.testing.assert_allclose(STATS.pass_sum, [0.5, 0, 2, 0])  # the group with one valid row, a pass, counts as 1
     np.testing.assert_allclose(STATS.cost_sum, [1, 4, 5, 0])
+
+
+def test_rows_cut_off_are_learnt_from_unless_masked_and_count_in_their_group_all_the_same():
+    cut = ROLLOUT._replace(done_B=jnp.arange(8) != 0)
+    kept, masked = prepared(cut), prepared(cut, truncated="mask")
+    np.testing.assert_array_equal(kept.loss_mask_BT, prepared().loss_mask_BT)
+    assert kept.loss_mask_BT[0].any() and not masked.loss_mask_BT[0].any()
+    for a, b in zip(kept, masked):
+        np.testing.assert_array_equal(a[1:], b[1:])
 
 
 def test_the_learning_rate_of_a_row_is_its_domains():
@@ -105,14 +114,15 @@ class Scripted:
         self = object.__new__(trainer.InfiniteGRPOTrainer)
         self.config, self.seed = dataclasses.replace(CONFIG, resample_rounds=3), 0
         self.curriculum = types.SimpleNamespace(resample=True)
-        script = iter(rounds)
+        script = iter(enumerate(rounds))
 
         def take(domain_P, level_D, position):
             return [Prompt({"round": position}, (1,), d) for d in domain_P], position + 1
 
         def grade(chosen, replies):
-            passes = np.array(next(script), np.float32)
-            return Grades(1 + 3 * passes, passes, np.ones(8, bool))
+            number, passes = next(script)
+            passes, score_B = np.array(passes, np.float32), np.arange(8, dtype=np.float32) + 10 * number
+            return Scored(Grades(1 + 3 * passes, passes, np.ones(8, bool)), score_B[:, None])
 
         def rollout(params, chosen, step, number):
             return ROLLOUT._replace(tokens_BT=ROLLOUT.tokens_BT + 100 * number)
@@ -124,9 +134,8 @@ class Scripted:
 
 def sample(rounds):
     curriculum = types.SimpleNamespace(level=np.ones(3), step=5)
-    train = types.SimpleNamespace(params=None)
-    state = types.SimpleNamespace(train=train, curriculum=curriculum, position=0)
-    return Scripted(rounds).sample(state, np.array([0, 2, 2, 1]), trainer.Clock())
+    state = types.SimpleNamespace(curriculum=curriculum, position=0)
+    return Scripted(rounds).sample(state, None, np.array([0, 2, 2, 1]), trainer.Clock())
 
 
 def test_dynamic_sampling_replaces_groups_without_a_difference():
@@ -143,6 +152,7 @@ def test_dynamic_sampling_replaces_groups_without_a_difference():
     np.testing.assert_array_equal(made.rollout.prompt_B, ROLLOUT.prompt_B)
     assert isinstance(made.rollout.domain_B, np.ndarray)  # as without a second round: what follows is compiled once
     assert made.replies == ["4", "5", "2", "3", "0", "1", "6", "7"]
+    np.testing.assert_array_equal(made.scores_BK[:, 0], [14, 15, 2, 3, 20, 21, 6, 7])
 
 
 def test_dynamic_sampling_stops_when_every_group_differs():
@@ -155,7 +165,7 @@ def test_the_cost_of_a_domain_is_in_the_unit_of_capacity(capacity, expected):
     """Tokens generated: 2 + 1, 2 + 2, 2 + 2, 1 + 2 for the groups of domains 0, 2, 2, 1."""
     self = object.__new__(trainer.InfiniteGRPOTrainer)
     self.config, self.names, self.capacity = CONFIG, list("abcd"), capacity
-    done = trainer.Round([Prompt({}, (1,) * 3, 0)] * 4, ROLLOUT, [], GRADES)
+    done = trainer.Round([Prompt({}, (1,) * 3, 0)] * 4, ROLLOUT, [], GRADES, np.zeros((8, 0)))
     seconds = {"time/rollout_s": 1.0, "time/update_s": 2.0, "time/grade_s": 0.4}
     np.testing.assert_allclose(self.statistics(done, seconds, 1).cost_sum, expected)
     self.capacity = "seconds"  # 3 s over 12 prompt and 14 generated tokens, 0.1 s of grading a prompt

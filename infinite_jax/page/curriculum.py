@@ -176,7 +176,7 @@ def heat(run: Run, names: list[str], key: str, **how) -> str:
 
 
 def events(run: Run) -> Section:
-    """What went wrong or changed: drift flags, skipped updates, ungraded replies, arrivals and retirements."""
+    """What went wrong or changed: drift of policy and graders, skipped updates, ungraded replies, arrivals."""
     lede = "What the run noticed about itself. A check that was not recorded is not a check that passed."
     found, checks = [], []
     for title, key, listed in (
@@ -189,6 +189,11 @@ def events(run: Run) -> Section:
         said = (f"{len(listed):,}" if listed else "none") if recorded else f"not recorded (no {key} in this run)"
         checks.append(line(title, [f'<td class="left wrap">{said}</td>']))
         found += [(step, title, *rest) for step, *rest in listed]
+    drifted = sum(event.get("kind") == "grader_drift" for event in run.events)
+    said = "not recorded (anchors.each is 0, or not in this run)"
+    if run.setting("anchors.each"):
+        said = f"{drifted:,}" if drifted else "none"
+    checks.append(line("grader drift", [f'<td class="left wrap">{said}</td>']))
     found += _told(run)
     head = ("check", f"in {run.last['step']:,} steps")
     body = f'<div class="card">{table(head, checks, left=(1,))}</div>'

@@ -122,6 +122,7 @@ def decoder_config(settings: Settings) -> DecoderConfig:
         final_softcap=0.0,
         dtype=settings.dtype,
         remat="none",
+        attention="xla",
     )
 
 

@@ -1,0 +1,92 @@
+"""Weak scaling of a GRPO step on 1 to n devices: tokens a second a device, beside one device's.
+
+    python -m benchmarks.scaling [--shapes qwen2_5_0_5b,qwen2_5_1_5b] [--layouts data,fsdp,fsdp_tensor] [--counts 1,2]
+                                 [--prompts 16] [--group 8] [--prompt 256] [--new 256] [--out FILE] [--plot FILE.png]
+
+Random weights; every device adds --prompts prompts of --prompt tokens with --group completions of exactly --new tokens
+each. Layouts: data (parameters on every device), fsdp (split over all), fsdp_tensor (tensor 2, the rest fsdp). Rollout
+tokens are the generated ones; a step's are those and the prompts', once. Efficiency: tokens/s a device over that of one
+device alone. --counts: 0 = powers of two up to all devices.
+"""
+
+import statistics
+
+import jax
+
+from benchmarks import grpo_step
+from benchmarks.measure import arguments, attempt, numbers, report
+
+SIZES = {"shapes": "qwen2_5_0_5b,qwen2_5_1_5b", "layouts": "data,fsdp,fsdp_tensor", "counts": "0", "prompts": 16}
+SIZES |= {"group": 8, "prompt": 256, "new": 256, "microbatches": 4, "remat": "full", "attention": "auto"}
+TINY = {"shapes": "tiny", "prompts": 2, "group": 2, "prompt": 8, "new": 8, "microbatches": 1}
+COLUMNS = ["shape", "layout", "devices", "rollout s", "score s", "update s", "step s", "rollout tokens/s a device"]
+COLUMNS += ["step tokens/s a device", "rollout efficiency", "step efficiency", "not run"]
+
+
+def sizes(layout: str, devices: int) -> dict[str, int]:
+    if layout == "fsdp_tensor":
+        return {"tensor": min(2, devices), "fsdp": max(1, devices // 2)}
+    return {layout: devices}
+
+
+def measure(given, shape: str, layout: str, count: int) -> list[float]:
+    """Median seconds of rollout (with the weights' way to it), score, update and all; tokens/s a device of two."""
+    devices = jax.devices()[:count]
+    network = grpo_step.decoder(shape, devices[0], given.remat, given.attention)
+    config = grpo_step.algorithm(given.prompts * count, given.group, given.prompt, given.new, given.microbatches)
+    step, state = grpo_step.begin(config, network, grpo_step.mesh(devices, **sizes(layout, count)))
+    times = []
+    for number in range(given.repeats + 1):  # the first compiles
+        clock = {}
+        state, _ = grpo_step.learn(step, state, grpo_step.sample(step, state, number, clock), number, clock)
+        times.append([clock["sync"] + clock["rollout"], clock["score"], clock["update"], sum(clock.values())])
+    found = [statistics.median(column) for column in zip(*times[1:])]
+    generated = given.prompts * given.group * given.new
+    return [*found, generated / found[0], (generated + given.prompts * given.prompt) / found[3]]
+
+
+def plot(rows: list[list], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 4), layout="constrained")
+    for axes, column, title in zip(figure.subplots(1, 2, sharey=True), (9, 10), ("rollout", "whole step")):
+        for shape, layout in dict.fromkeys((row[0], row[1]) for row in rows):
+            points = [(row[2], row[column]) for row in rows if tuple(row[:2]) == (shape, layout) and row[column]]
+            axes.plot(*zip(*points), marker="o", label=f"{shape} {layout}") if points else None
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set(title=title, xlabel="devices", ylim=(0, 1.15), xticks=sorted({row[2] for row in rows}))
+    axes.figure.axes[0].set_ylabel("tokens/s a device, over one device's")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    def also(parser):
+        parser.add_argument("--plot", default="", help="PNG file for the curves")
+
+    given = arguments("benchmarks.scaling", __doc__, SIZES, TINY, also)
+    counts = numbers(given.counts)
+    if counts == [0]:
+        counts = [2**power for power in range(jax.device_count().bit_length())]
+    rows = []
+    for shape in given.shapes.split(","):
+        alone, why = attempt(lambda s=shape: measure(given, s, "data", 1))
+        rows.append([shape, "one device", 1, *(alone or [None] * 6), 1.0, 1.0, why])
+        print(rows[-1], flush=True)
+        for layout in given.layouts.split(","):
+            if alone:
+                rows.append([shape, layout, 1, *alone, 1.0, 1.0, None])
+            for count in counts:
+                if count == 1:
+                    continue
+                found, why = attempt(lambda s=shape, lay=layout, c=count: measure(given, s, lay, c))
+                shares = [found[i] / alone[i] for i in (4, 5)] if found and alone else [None] * 2
+                rows.append([shape, layout, count, *(found or [None] * 6), *shares, why])
+                print(rows[-1], flush=True)
+    if given.plot:
+        plot([row for row in rows if row[1] != "one device"], given.plot)
+    report(given, {}, COLUMNS, [row for row in rows if row[1] == "one device" or row[2] > 1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Where the loop's arrays lie: rows, the train state, the frozen reference; on devices, or in their host's memory.
+
+Parameters, gradients and moments are split alike (ZeRO, arXiv 1910.02054). What mesh.offload names waits in pinned host
+memory: a step fetches the moments and puts them back within its own program, and scoring takes the reference along for
+as long as it runs. Left out: parameters on the host; moments updated there.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from configs.schema import AlgorithmConfig
+from infinite_jax import grpo
+from infinite_jax.types import Params, TrainState
+from models import policy
+from models.architectures import DecoderConfig
+from sharding import exchange
+from sharding.rules import sharding, tree_shardings
+
+HOST, DEVICE = "pinned_host", "device"  # JAX's names of memories
+OF_MOMENTS, OF_REFERENCE = ("optimizer", "both"), ("reference", "both")  # values of mesh.offload
+
+
+def place(mesh: Mesh, x: np.ndarray) -> jax.Array:
+    """A host array, the same on every process, onto the mesh, rows split over the batch axes."""
+    return jax.make_array_from_callback(x.shape, rows_sharding(mesh, x), lambda part: x[part])
+
+
+def rows_sharding(mesh: Mesh, x) -> NamedSharding:
+    return sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)
+
+
+def moved(mesh: Mesh, tree):
+    """Arrays of rows from another mesh onto this one; as they are where they are on it."""
+    if jax.tree.leaves(tree)[0].sharding.mesh == mesh:
+        return tree
+    return jax.device_put(tree, jax.tree.map(lambda x: rows_sharding(mesh, x), tree))
+
+
+def abstract_train_state(
+    config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh | AbstractMesh, offload: str = "none"
+) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; optimizer moments are split like the parameters they belong to.
+
+    offload: mesh.offload; decides in which memory the moments lie.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    tx, shapes = grpo.optimizer(config), policy.abstract_params(decoder)
+    memory = HOST if offload in OF_MOMENTS else None
+
+    def placed(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    params = jax.tree.map(placed, shapes, tree_shardings(mesh, policy.logical_axes(decoder), shapes))
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda shape, param: placed(shape, param.sharding.with_memory_kind(memory) if memory else param.sharding),
+        jax.eval_shape(tx.init, shapes),
+        params,
+        transform_non_params=lambda shape: placed(shape, replicated),
+    )
+    return TrainState(params, opt_state, placed(jax.ShapeDtypeStruct((), jnp.int32), replicated))
+
+
+def initial_train_state(
+    config: AlgorithmConfig, decoder: DecoderConfig, params: Params, mesh: Mesh, offload: str = "none"
+) -> TrainState:
+    """`params` with fresh optimizer moments."""
+    abstract = abstract_train_state(config, decoder, mesh, offload)
+    moments = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(grpo.optimizer(config).init, out_shardings=moments)(params)
+    return TrainState(params, opt_state, exchange.replicated(mesh, np.zeros((), np.int32)))
+
+
+def moments_in(memory: jax.memory.Space, offload: str, opt_state):
+    """Within a program: the moments in a memory of the devices that hold them, if mesh.offload has them wait."""
+    if offload not in OF_MOMENTS:
+        return opt_state
+    return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
+
+
+def waiting(offload: str, reference: Params | None) -> Params | None:
+    """The reference, on the host if mesh.offload has it wait there."""
+    if offload not in OF_REFERENCE:
+        return reference
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), reference)
+
+
+def fetched(tree):
+    """Arrays that wait on the host, copied to their devices; others as they are."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind(DEVICE)) if x.sharding.memory_kind == HOST else x, tree
+    )
