@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # processes wait for each other for seconds
 ROOT = Path(__file__).resolve().parent.parent
 HOST = socket.gethostname()
 
