@@ -7,7 +7,7 @@ from curriculum import domains
 from curriculum.sampler import MAX_PROMPTS
 from rubric import anchor_keeper, evaluator, schema
 from sharding import auto
-from sharding.mesh import OFFLOAD, axis_sizes
+from sharding.mesh import OFFLOAD, MeshConfig, axis_sizes
 
 MAX_BUCKETS = 3  # each bucket is one compilation of rollout, scoring and update
 
@@ -115,6 +115,8 @@ def validate(config: Config, num_devices: int) -> None:
         )
     if config.mesh.chosen:
         auto.possible(config.mesh, num_devices, rows // parts)
+    else:
+        rollout_rows(config.mesh, rows, num_devices)
     domains.check(config.domains)
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
     evaluator.check([domain.environment for domain in config.domains], config.rubric, rubrics)
@@ -132,6 +134,17 @@ def validate(config: Config, num_devices: int) -> None:
         raise ValueError(
             "curriculum.difficulty=adaptive: no domain has a range of levels to move in: give a generated one a range, "
             "such as train: gen:sort,difficulty=1..4"
+        )
+
+
+def rollout_rows(mesh: MeshConfig, rows: int, num_devices: int) -> None:
+    """Raises ValueError, one line, where the rollout's mesh does not split its rows: each device would sample all."""
+    tensor = mesh.rollout_tensor or axis_sizes(mesh, num_devices)[-1]
+    devices = mesh.rollout_devices or num_devices
+    if rows % (devices // tensor):
+        raise ValueError(
+            f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by the rollout's {devices} devices / "
+            f"tensor {tensor}: set algorithm.prompts to a multiple of {devices // tensor}, or mesh.rollout_tensor"
         )
 
 

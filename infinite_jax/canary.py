@@ -37,6 +37,7 @@ from kernels.logprob import token_logp
 from models import policy
 from models import tokenizer as chat
 from models.architectures import DecoderConfig
+from models.layout import padded, positions
 from sharding.rules import constrain
 
 TEXT_TOKENS = 64  # of each line of prose
@@ -99,7 +100,13 @@ def divergence(start: jax.Array, now: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(p0 * ratio + (p - p0), -1), jnp.sum(-p * ratio + (p0 - p), -1)], -1)
 
 
-_hidden = jax.jit(policy.hidden, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(decoder: DecoderConfig, params, rows_RT) -> jax.Array:
+    """Last hidden states [R, T, E] in reading order, whatever splits the rows, which are short."""
+    width = rows_RT.shape[1]
+    order = positions(padded(width))
+    rows_RT = jnp.pad(rows_RT, ((0, 0), (0, padded(width) - width)))[:, order]
+    return policy.hidden(decoder, params, rows_RT)[:, np.argsort(order)[:width]]
 
 
 @jax.jit

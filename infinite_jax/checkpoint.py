@@ -67,7 +67,7 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._last_saved: int | None = None
-        self._restored = self._verified = after  # the first until the next save
+        self._restored = self.verified = after  # the first until the next save; the newest step known to be whole
         self._passed_over: set[int] = set()  # steps that restore found damaged or unverified
 
     def __enter__(self) -> "Checkpointer":
@@ -109,7 +109,7 @@ class Checkpointer:
             raise
         finally:
             exchange.barrier("checkpoint:manifest")  # the first process has written it
-        self._verified = self._last_saved
+        self.verified = self._last_saved
 
     def close(self) -> None:
         """Waits, then ends the background threads. The object is not used again."""
@@ -121,15 +121,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Committed steps on disk, oldest first, verified or not."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
-
-    def newest_verified(self) -> int | None:
-        """The newest step that was saved whole, manifest and all, or restored by this object; None before."""
-        if self._last_saved is not None and manifest.exists(self.folder / str(self._last_saved)):
-            self._verified = self._last_saved
-        return self._verified
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
 
     def best_step(self) -> int | None:
         """The step of highest score (the newer of equals) according to the manifests; None where none has a score."""
@@ -138,11 +131,11 @@ class Checkpointer:
     def restore(self, abstract_state: Any, step: int | str | None = None) -> tuple[int, Any]:
         """Restores (step, state): the newest (None), a given or the 'best' step, or the next one that is intact.
 
-        `abstract_state`: the state's pytree with jax.ShapeDtypeStruct leaves (without a sharding: on the first
-        device) or arrays. The state comes back with its structure, bit for bit, on its shardings, whatever mesh
-        the step was saved from; numpy leaves come back as numpy; a part that `abstract_state` lacks is not read. A step
-        that fails its manifest is passed over with one warning: to the next older one, or for 'best' to the next
-        lower score. Raises TreeMismatch (a ValueError) naming the leaf when leaves, shapes or dtypes differ, and
+        `abstract_state`: the state's pytree with jax.ShapeDtypeStruct leaves (without a sharding: on the first device)
+        or arrays. The state comes back with its structure, bit for bit, on its shardings, whatever mesh and processes
+        the step was saved from; numpy leaves as numpy; a part that `abstract_state` lacks is not read. A step that
+        fails its manifest is passed over with one warning: to the next older one, for 'best' to the next lower score.
+        Raises TreeMismatch (a ValueError) naming the leaf when leaves, shapes or dtypes differ, and
         ValueError when no step can be restored.
         """
         self.wait()
@@ -163,7 +156,8 @@ class Checkpointer:
             raise nothing_intact from error
         passed_over = candidates[: candidates.index(chosen)] if verified else candidates
         self._passed_over = self._passed_over.union(passed_over) - {chosen}
-        self._restored, self._last_saved = chosen, None
+        self._restored = self.verified = chosen
+        self._last_saved = None
         return chosen, state
 
     def _first_intact(self, candidates: list[int]) -> int:
@@ -203,7 +197,6 @@ class Checkpointer:
     def _move_aside(self, step: int) -> None:
         """Renames what a save of `step` must neither overwrite nor count as latest: 12 -> 12.damaged."""
         newest_kept = step - 1 if self._restored is None else min(step - 1, self._restored)
-        # the first process's list: a file system may show the others an older one
         aside = exchange.from_first([n for n in self.steps() if n > newest_kept or n in self._passed_over])
         if not aside:
             return
@@ -250,6 +243,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             manifest.write(self.folder / str(step), step=step, score=score)
+            self.verified = step
 
 
 def _score(metrics: Any) -> float:

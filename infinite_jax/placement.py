@@ -16,7 +16,7 @@ from infinite_jax import grpo
 from infinite_jax.types import Params, TrainState
 from models import policy
 from models.architectures import DecoderConfig
-from sharding import exchange
+from sharding import auto, exchange
 from sharding.rules import sharding, tree_shardings
 
 HOST, DEVICE = "pinned_host", "device"  # JAX's names of memories
@@ -92,4 +92,19 @@ def fetched(tree):
     """Arrays that wait on the host, copied to their devices; others as they are."""
     return jax.tree.map(
         lambda x: jax.device_put(x, x.sharding.with_memory_kind(DEVICE)) if x.sharding.memory_kind == HOST else x, tree
+    )
+
+
+def need(config: AlgorithmConfig, decoder: DecoderConfig, memory: int | None) -> auto.Need:
+    """What mesh=auto chooses by. memory: bytes of a device, None = unknown."""
+    rows = config.prompts * config.group_size
+    return auto.Need(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_params(decoder))),
+        width=decoder.embed_dim,
+        layers=decoder.num_layers,
+        kv_heads=decoder.num_kv_heads,
+        rows=rows // (config.minibatches * config.microbatches),
+        sampled=rows,
+        longest=config.prompt_buckets[-1] + config.max_new_tokens,
+        memory=memory,
     )

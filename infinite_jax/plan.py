@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from configs import cli, limits, schema
 from configs.schema import Config
+from infinite_jax import placement
 from infinite_jax.planning import chips, fit, memory, programs, table
 from infinite_jax.planning.chips import GIB, Chip
 from infinite_jax.planning.memory import Calibration
@@ -123,18 +124,11 @@ def network(config: Config, chip: Chip) -> DecoderConfig:
 
 def sized(config: Config, decoder: DecoderConfig, chip: Chip, devices: int) -> tuple[Config, str]:
     """`config` with its mesh sizes chosen for so many devices of the chip, and why. Raises ValueError, one line."""
-    mesh, algorithm, reason = config.mesh, config.algorithm, ""
+    mesh, reason = config.mesh, ""
     if mesh.chosen:
-        need = auto.Need(
-            parameters=memory.num_parameters(decoder),
-            width=decoder.embed_dim,
-            layers=decoder.num_layers,
-            kv_heads=decoder.num_kv_heads,
-            rows=algorithm.prompts * algorithm.group_size // (algorithm.minibatches * algorithm.microbatches),
-            longest=algorithm.prompt_buckets[-1] + algorithm.max_new_tokens,
-            memory=int(chip.usable),
-        )
+        need = placement.need(config.algorithm, decoder, int(chip.usable))
         mesh, reason = auto.choose(mesh, devices, need)
+    limits.rollout_rows(mesh, config.algorithm.prompts * config.algorithm.group_size, devices)
     return dataclasses.replace(config, mesh=with_sizes(mesh, axis_sizes(mesh, devices))), reason
 
 

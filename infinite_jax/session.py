@@ -96,17 +96,11 @@ def sized(config: Config, decoder: DecoderConfig) -> MeshConfig:
     """config.mesh with its sizes chosen where it leaves them open; prints why. Raises ValueError, one line."""
     if not config.mesh.chosen:
         return config.mesh
-    algorithm, memory = config.algorithm, jax.local_devices()[0].memory_stats() or {}
-    need = auto.Need(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_params(decoder))),
-        width=decoder.embed_dim,
-        layers=decoder.num_layers,
-        kv_heads=decoder.num_kv_heads,
-        rows=algorithm.prompts * algorithm.group_size // (algorithm.minibatches * algorithm.microbatches),
-        longest=algorithm.prompt_buckets[-1] + algorithm.max_new_tokens,
-        memory=exchange.from_first(memory.get("bytes_limit")),  # hosts may differ, meshes must not
-    )
+    memory = jax.local_devices()[0].memory_stats() or {}
+    memory = exchange.from_first(memory.get("bytes_limit"))  # hosts may differ, meshes must not
+    need = placement.need(config.algorithm, decoder, memory)
     mesh, reason = auto.choose(config.mesh, jax.device_count(), need)
+    limits.rollout_rows(mesh, need.sampled, jax.device_count())
     if jax.device_count() > 1 and jax.process_index() == 0:
         print(reason)
     return mesh

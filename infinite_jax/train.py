@@ -88,7 +88,7 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             stopping = any(exchange.gather(stop.asked))
             if run.checkpoint_every and (last or stopping or step % run.checkpoint_every == 0):
                 save(checkpoints, log, step, state, metrics)
-            multihost.advise(remedy(run_dir, checkpoints.newest_verified()))
+            multihost.advise(remedy(run_dir, checkpoints.verified))
             if stopping or last:
                 log.draw()
                 break

@@ -27,7 +27,7 @@ from kernels.block import Mask
 WARPGROUPS = 2  # that compute, each with its own rows of the outer tile; one more fetches
 ROWS = 64  # of a warpgroup's tile: what one wgmma instruction computes
 OUTER = WARPGROUPS * ROWS  # queries (forward, dq) or keys (dk and dv) of one program
-COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24  # a thread; 2 * 128 * 232 + 128 * 40 fit the 65536 of a multiprocessor
+COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24  # a thread: 2 x 240 + 24 are the 3 x 168 that three warpgroups begin with
 LOG2E = math.log2(math.e)
 FIRST, WHOLE, RAGGED, STOP, LIMIT, WINDOW = range(6)  # columns of the table
 UNBOUNDED = 2**30

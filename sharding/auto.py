@@ -12,6 +12,7 @@ one residual each. Left out: bandwidths, and what only a compiler knows; `python
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from sharding.mesh import AXES, MeshConfig, training_devices, with_sizes
@@ -34,6 +35,7 @@ class Need:
     layers: int
     kv_heads: int
     rows: int  # of one micro-batch: data x fsdp must divide them
+    sampled: int  # rows of a rollout: the data of its mesh must divide them
     longest: int  # tokens of a row
     memory: int | None  # bytes of a device; None = unknown, then nothing is split that needs not be
 
@@ -41,7 +43,8 @@ class Need:
 def choose(config: MeshConfig, num_devices: int, need: Need) -> tuple[MeshConfig, str]:
     """`config` with a size in place of every 0 (and -1), and why, in one line. Sizes that are given stay.
 
-    With sizes to choose, rollout_tensor=0 is chosen, too: the least split whose weights leave room for keys and values.
+    With sizes to choose, rollout_tensor=0 is chosen, too: the least split that divides the rows of a rollout and whose
+    weights leave room for keys and values.
     Raises ValueError as `possible` does.
     """
     devices = training_devices(config, num_devices)
@@ -57,7 +60,7 @@ def choose(config: MeshConfig, num_devices: int, need: Need) -> tuple[MeshConfig
 
     sizes = min(possible(config, num_devices, need.rows), key=cost)
     config = with_sizes(config, sizes)
-    if not config.rollout_tensor and need.memory:
+    if not config.rollout_tensor:
         config = dataclasses.replace(config, rollout_tensor=_rollout_tensor(config, devices, need))
     return config, _reason(config, devices, need, state, row)
 
@@ -102,9 +105,9 @@ def _factors(devices: int) -> list[tuple[int, int, int, int]]:
 
 def _rollout_tensor(config: MeshConfig, devices: int, need: Need) -> int:
     sampling = config.rollout_devices or devices
-    sizes = [size for size in range(1, sampling + 1) if sampling % size == 0]
-    fitting = [size for size in sizes if 2 * need.parameters <= size * ROLLOUT_SHARE * need.memory]
-    return fitting[0] if fitting else sampling
+    sizes = [size for size in range(1, sampling + 1) if sampling % size == 0 and need.sampled % (sampling // size) == 0]
+    fitting = [size for size in sizes if 2 * need.parameters <= size * ROLLOUT_SHARE * (need.memory or math.inf)]
+    return (fitting or sizes[-1:])[0]
 
 
 def _reason(config: MeshConfig, devices: int, need: Need, state: int, row: int) -> str:

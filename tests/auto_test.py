@@ -9,8 +9,8 @@ from sharding.mesh import AXES, MeshConfig, axis_sizes
 
 AUTO = MeshConfig(0, 0, 0, 0, 0, 0, "none")
 GB = 10**9
-HALF = Need(500_000_000, width=900, layers=24, kv_heads=2, rows=128, longest=2048, memory=80 * GB)
-LARGE = Need(7_000_000_000, width=4096, layers=32, kv_heads=8, rows=64, longest=2048, memory=80 * GB)
+HALF = Need(500_000_000, width=900, layers=24, kv_heads=2, rows=128, sampled=128, longest=2048, memory=80 * GB)
+LARGE = Need(7_000_000_000, width=4096, layers=32, kv_heads=8, rows=64, sampled=64, longest=2048, memory=80 * GB)
 
 
 def found(need, devices, config=AUTO, **changes):
@@ -33,15 +33,15 @@ def test_bytes_by_hand():
     [
         (HALF, 1, {}, (1, 1, 1, 1), 1, "1 device"),
         (HALF, 8, {}, (8, 1, 1, 1), 1, "10.0 GB"),  # 10 of 0.6 x 80 GB: nothing to split
-        (LARGE, 8, {"memory": None}, (8, 1, 1, 1), 0, "memory is unknown"),
+        (LARGE, 8, {"memory": None}, (8, 1, 1, 1), 1, "memory is unknown"),
         (LARGE, 8, {}, (2, 4, 1, 1), 1, "35.0 of a device's 80.0 GB"),  # 140 / 48 = 2.9; 14 GB of weights within 24
         (LARGE, 8, {"memory": 16 * GB}, (1, 8, 1, 1), 4, "too much"),  # 140 / 9.6 = 14.6; 14 / 4.8 = 2.9
         (LARGE, 8, {"longest": 2**17}, (1, 1, 8, 1), 1, "a row of 131072 tokens takes 68.7 GB"),  # 68.7 / 16 = 4.3
         (LARGE, 8, {"rows": 4}, (2, 2, 1, 2), 1, "4 rows of a micro-batch feed 4 devices"),
         (LARGE, 8, {"rows": 4, "kv_heads": 1}, (2, 2, 2, 1), 1, "4 rows"),  # tensor would repeat the one kv head
         (LARGE, 8, {"rows": 4, "kv_heads": 1, "longest": 200}, (2, 2, 1, 2), 1, "4 rows"),  # 100 tokens are too few
-        (HALF, 6, {"rows": 96}, (6, 1, 1, 1), 1, "6 devices"),
-        (HALF, 6, {"rows": 64}, (2, 1, 3, 1), 1, "64 rows"),  # 64 rows over 2; 2 kv heads do not split 3 ways
+        (HALF, 6, {"rows": 96, "sampled": 96}, (6, 1, 1, 1), 1, "6 devices"),
+        (HALF, 6, {"rows": 64}, (2, 1, 3, 1), 3, "64 rows"),  # 64 rows, and 128 sampled, over 2; 2 kv heads not over 3
     ],
 )
 def test_choice_by_hand(need, devices, changes, sizes, rollout_tensor, because):

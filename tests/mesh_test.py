@@ -150,8 +150,8 @@ def compare(family: str, meshes) -> dict[str, dict]:
 SHOWN = ("reward/mean", "tokens/generated", "loss", "policy/grad_norm")
 
 
-def train(overrides: list[str]) -> dict:
-    """Three steps of the whole trainer and an evaluation: what came of it, and where the third one compiled."""
+def train(overrides: list[str], evaluate: bool = False) -> dict:
+    """Three steps of the whole trainer: what came of them, and whether the third one compiled."""
     import jax
 
     from configs.cli import compose_config
@@ -170,12 +170,12 @@ def train(overrides: list[str]) -> dict:
     late = compilations.since_last()
     pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state.train), strict=True)
     moved = [f"{jax.tree_util.keystr(path)}: {a} -> {b.sharding}" for (path, a), b in pairs if a != b.sharding]
-    grades = {name: result.greedy_N.tolist() for name, result in session.evaluator.run(state.train.params).items()}
+    found = session.evaluator.run(state.train.params) if evaluate else {}
     session.grader.close()
     memories = {x.sharding.memory_kind for x in jax.tree.leaves(state.train.opt_state) if x.ndim}
     return {
         "rows": rows,
-        "grades": grades,
+        "grades": {name: domain.greedy_N.tolist() for name, domain in found.items()},
         "compiled_in_third_step": late,
         "moved": moved,
         "moments_in": sorted(memories),
@@ -200,25 +200,27 @@ def result(process: subprocess.Popen) -> list:
 RUNS = {
     "single": ["mesh=single"],
     # moments and reference wait on the host; the rollout is all data
-    "colocated": ["mesh=single", "mesh.fsdp=2", "mesh.tensor=2", "mesh.offload=both", "mesh.rollout_tensor=1"],
-    # two devices train, split over seq, and two sample
-    "disjoint": ["mesh=single", "mesh.seq=2", "mesh.rollout_devices=2"],
+    "colocated": [
+        "mesh=single",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "mesh.offload=both",
+        "mesh.rollout_tensor=1",
+    ],
+    # four devices train, rows split over seq, and four sample
+    "disjoint": ["mesh=single", "mesh.data=2", "mesh.seq=2", "mesh.rollout_devices=4"],
 }
 
 
 @pytest.fixture(scope="module")
 def reports() -> dict:
-    families = [["compare", family, meshes] for family, meshes in DEFAULT.items()]
-    first = child(8, families[:1])
-    second = child(8, families[1:])
-    one, two = result(first), result(second)
-    return dict(zip(DEFAULT, [*one, *two]))
-
-
-@pytest.fixture(scope="module")
-def runs() -> dict:
-    found = [child(4, [["train", RUNS[roles]]]) for roles in ("colocated", "disjoint")]
-    return dict(zip(("colocated", "disjoint"), [run for each in found for run in result(each)]))
+    """Of each family by mesh, and of the runs."""
+    jobs = {family: ["compare", family, meshes] for family, meshes in DEFAULT.items()}
+    jobs |= {roles: ["train", RUNS[roles]] for roles in ("colocated", "disjoint")}
+    halves = ("llama", "disjoint"), ("qwen2", "qwen3", "gemma3", "colocated")
+    children = [child(8, [jobs[name] for name in half]) for half in halves]
+    return {name: found for half, each in zip(halves, children) for name, found in zip(half, result(each))}
 
 
 def check(found: dict) -> None:
@@ -256,26 +258,28 @@ def same(found: dict, expected: dict) -> None:
     assert found["grades"] == expected["grades"]
 
 
-def test_roles_on_all_devices_and_on_their_own_give_one_run(runs):
-    same(runs["colocated"], runs["disjoint"])
-    assert max(row["policy/grad_norm"] for row in runs["disjoint"]["rows"]) > 0.1
+def test_roles_on_all_devices_and_on_their_own_give_one_run(reports):
+    same(reports["colocated"], reports["disjoint"])
+    assert max(row["policy/grad_norm"] for row in reports["disjoint"]["rows"]) > 0.1
 
 
 @pytest.mark.parametrize("roles", ["colocated", "disjoint"])
-def test_after_warm_up_nothing_compiles_and_every_split_is_as_it_was(runs, roles):
+def test_after_warm_up_nothing_compiles_and_every_split_is_as_it_was(reports, roles):
     """Another split, or the same in other words, would have every program of the next step compiled again."""
-    assert runs[roles]["compiled_in_third_step"] == 0 and runs[roles]["moved"] == []
+    assert reports[roles]["compiled_in_third_step"] == 0 and reports[roles]["moved"] == []
 
 
-def test_roles_lie_where_they_were_put(runs):
-    assert runs["colocated"]["moments_in"] == ["pinned_host"] and runs["disjoint"]["moments_in"] == ["device"]
-    assert runs["colocated"]["rollout_devices"] == [0, 1, 2, 3] and runs["disjoint"]["rollout_devices"] == [2, 3]
+def test_roles_lie_where_they_were_put(reports):
+    colocated, disjoint = reports["colocated"], reports["disjoint"]
+    assert colocated["moments_in"] == ["pinned_host"] and disjoint["moments_in"] == ["device"]
+    assert colocated["rollout_devices"] == list(range(8)) and disjoint["rollout_devices"] == [4, 5, 6, 7]
 
 
 @pytest.mark.slow
-def test_a_run_on_a_mesh_is_one_devices(runs):
-    (single,) = result(child(1, [["train", RUNS["single"]]]))
-    same(runs["colocated"], single)
+def test_runs_on_meshes_and_their_evaluations_are_one_devices():
+    (single,) = result(child(1, [["train", RUNS["single"], True]]))
+    for found in result(child(8, [["train", RUNS[roles], True] for roles in ("colocated", "disjoint")])):
+        same(found, single)
 
 
 @pytest.mark.slow
