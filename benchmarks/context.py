@@ -6,8 +6,8 @@
 
 Longest row: one row of random tokens, an eighth of it prompt, mixed-precision AdamW, a reference, layers recomputed.
 Its length is doubled as long as the update, compiled, fits the memory of a device; then real steps are taken, from the
-longest on down until one goes through. --step: rollout, scores and update of --prompts x --group rows of --prompt +
---new tokens, mesh.seq = all devices.
+longest of at most --train tokens on down until one goes through. --step: rollout, scores and update of --prompts x
+--group rows of --prompt + --new tokens, mesh.seq = all devices.
 """
 
 import jax
@@ -18,11 +18,12 @@ from infinite_jax.planning import programs
 from infinite_jax.planning.memory import cast_weights
 from sharding.mesh import build
 
-SIZES = {"shape": "qwen2_5_0_5b", "least": "64k", "most": "1024k", "counts": "0", "memory": 0, "prompt": "14k"}
-SIZES |= {"new": "2k", "prompts": 1, "group": 4, "microbatches": 1, "remat": "full", "attention": "auto"}
+SIZES = {"shape": "qwen2_5_0_5b", "least": "64k", "most": "1024k", "train": "1024k", "counts": "0", "memory": 0}
+SIZES |= {"prompt": "14k", "new": "2k", "prompts": 1, "group": 4, "microbatches": 1, "remat": "full"}
+SIZES |= {"attention": "auto"}
 TINY = {"shape": "tiny", "least": "64", "most": "512", "memory": 24 * 2**20, "prompt": "32", "new": "16", "group": 2}
 USABLE = 0.95  # of a device that is not there: what XLA_PYTHON_CLIENT_MEM_FRACTION=.95 leaves
-COLUMNS = ["shape", "devices", "tokens of the longest row", "compiled GB a device", "of GB", "s a step"]
+COLUMNS = ["shape", "devices", "tokens that fit", "compiled GB a device", "of GB", "tokens trained", "s a step"]
 COLUMNS += ["tokens/s a device", "note"]
 STEP_COLUMNS = ["shape", "devices", "rows", "prompt", "new", "rollout s", "score s", "update s", "step s"]
 STEP_COLUMNS += ["update tokens/s a device", "loss is finite", "not run"]
@@ -67,16 +68,20 @@ def longest(given, devices, limit: int, run: bool) -> list:
         if wanted is None or wanted > limit:
             break
         fitting[length], length = wanted, 2 * length
-    for length in sorted(fitting, reverse=True):
-        row = [given.shape, len(devices), length, fitting[length] / 1e9, limit / 1e9]
-        if not run:
-            return [*row, None, None, "compiled only"]
+    if not fitting:
+        return [given.shape, len(devices), None, None, limit / 1e9, None, None, None, note or "nothing fits"]
+    row = [given.shape, len(devices), max(fitting), fitting[max(fitting)] / 1e9, limit / 1e9]
+    note = "the longest that was tried" if max(fitting) * 2 > most else note
+    for length in sorted(fitting, reverse=True) if run else ():
+        if length > numbers(given.train)[0]:
+            continue
         found, why = attempt(lambda n=length: take_steps(given, network, devices, n))
         if found:
-            return [*row, found[0], length / found[0] / len(devices), None if found[1] else "the loss is not finite"]
+            note = note if found[1] else "the loss is not finite"
+            return [*row, length, found[0], length / found[0] / len(devices), note]
         note = f"{length} tokens fitted as compiled but: {why}"
         print(note, flush=True)
-    return [given.shape, len(devices), None, None, limit / 1e9, None, None, note or "nothing fits"]
+    return [*row, None, None, None, note if run else "compiled only"]
 
 
 def whole_step(given, devices) -> list:

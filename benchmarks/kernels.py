@@ -153,6 +153,8 @@ def main() -> None:
     rows = (
         [] if given.no_torch or given.sweep else torch_rows([(*case, HEADS[case[0]]) for case in cases], 5, given.small)
     )
+    for row in rows:
+        print(row, flush=True)
     found = sweep_contenders() if given.sweep else contenders(given.blocks.split(","))
     for packed, (name, attend) in itertools.product((False, True)[: 2 - given.no_packed], found.items()):
         for D in HEADS:
