@@ -1,7 +1,6 @@
 """Which kernel computes attention: by the machine, the model and the rows, or the one that is named.
 
-`auto` takes the first of tpu, cudnn and xla that can; mgpu is taken by name only. docs/kernels.md repeats SUPPORT, a
-column a device.
+`auto` takes the first of tpu, cudnn, mgpu and xla that can. docs/kernels.md repeats SUPPORT, a column a device.
 """
 
 import importlib
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from kernels.block import Block
 
 KERNELS = ("xla", "tpu", "cudnn", "mgpu")
-AUTO = ("tpu", "cudnn", "xla")  # in this order
+AUTO = ("tpu", "cudnn", "mgpu", "xla")  # in this order
 
 # NVIDIA's architectures by the names that jax's device_kind has for their cards
 CARDS = {

@@ -27,7 +27,8 @@ def auto(device, windows=False, packed=False, **changed):
 def test_auto_takes_the_fastest_that_can():
     assert [auto(device) for device in DEVICES] == ["xla", "tpu", "xla", "cudnn", "cudnn", "cudnn"]
     for rows in ({"packed": True}, {"windows": True}):
-        assert [auto(device, **rows) for device in DEVICES] == ["xla", "tpu", "xla", "xla", "xla", "xla"]
+        assert [auto(device, **rows) for device in DEVICES] == ["xla", "tpu", "xla", "xla", "xla", "mgpu"]
+    assert auto("H100", head_dim=256, windows=True) == auto("A100", head_dim=128, packed=True) == "xla"
     assert auto("H100", dtype="float32") == auto("A100", head_dim=256) == auto("H100", head_dim=36) == "xla"
     assert auto("H100", head_dim=256) == auto("H100", dtype=jnp.float16) == "cudnn"
     assert auto("TPU", dtype="float16") == "xla"

@@ -101,6 +101,7 @@ def regime_figure(regime: str, kept: dict[str, Curve], axis: str) -> Figure:
             curve.kept_KD.T, extent=ends, aspect="auto", vmin=0.5, vmax=1, cmap="viridis", interpolation="nearest"
         )
         bottom.set_xlabel(axis)
+        bottom.xaxis.set_major_locator(MaxNLocator(4))
         bottom.yaxis.set_major_locator(MaxNLocator(integer=True))
     for row, label in enumerate(("held-out pass rate", "share of the batch\n(grey: not in the metrics)", "domain")):
         axes_3A[row, 0].set_ylabel(label)
