@@ -137,9 +137,16 @@ def generate(
         token_N, state = record(state, step + 1, *draw(hidden_NE, step + 1))
         return step + 1, token_N, cache, state
 
+    last = sampling.max_new_tokens - 1
+    chunk = max(1, last // 32) if shards("data") > 1 else 1  # tokens between two questions whether all rows are done
+
     def unfinished(loop):
         step, _, _, (done_N, *_) = loop
-        return (step + 1 < sampling.max_new_tokens) & ~jnp.all(done_N)
+        return (step < last) & ~jnp.all(done_N)
+
+    def several(loop):  # the question is an all-reduce, which one device does not need
+        until = jnp.minimum(loop[0] + chunk, last)
+        return jax.lax.while_loop(lambda loop: loop[0] < until, body, loop) if chunk > 1 else body(loop)
 
     state = (
         jnp.zeros(rows, bool),
@@ -151,7 +158,7 @@ def generate(
     token_N, state = record(state, 0, *draw(first_NE, 0))
     cache = policy.empty_cache(config, rows, sampling.max_new_tokens)
     _, _, _, (done_N, tokens_NC, logp_NC, count_N) = jax.lax.while_loop(
-        unfinished, body, (jnp.int32(0), token_N, cache, state)
+        unfinished, several, (jnp.int32(0), token_N, cache, state)
     )
     return _join(sampling, prompt_PT, length_P, done_N, tokens_NC, logp_NC, count_N)
 

@@ -105,7 +105,7 @@ def compare(family: str, meshes) -> dict[str, dict]:
     config = dataclasses.replace(config, group_size=4, kl_type="loss", kl_estimator="k3_is", kl_coef=0.1)
     width, length = 5, 12
     batch, scorer = make_batch(4, width, length), Scorer(decoder, 1.0, length - width, 4)
-    rng, sampling = np.random.default_rng(1), Sampling(1.0, 0, 1.0, 5, 2, (1,), 0)
+    rng, sampling = np.random.default_rng(1), Sampling(1.0, 0, 1.0, 70, 2, (1,), 0)
     prompts = rng.integers(2, V, (8, 6)).astype(np.int32), np.array([6, 5, 4, 3, 6, 2, 1, 6], np.int32)
 
     def results(sizes):
