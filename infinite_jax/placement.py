@@ -11,12 +11,14 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from configs.schema import AlgorithmConfig
+from configs import limits
+from configs.schema import AlgorithmConfig, Config
 from infinite_jax import grpo
 from infinite_jax.types import Params, TrainState
 from models import policy
 from models.architectures import DecoderConfig
 from sharding import auto, exchange
+from sharding.mesh import MeshConfig
 from sharding.rules import sharding, tree_shardings
 
 HOST, DEVICE = "pinned_host", "device"  # JAX's names of memories
@@ -95,16 +97,27 @@ def fetched(tree):
     )
 
 
-def need(config: AlgorithmConfig, decoder: DecoderConfig, memory: int | None) -> auto.Need:
-    """What mesh=auto chooses by. memory: bytes of a device, None = unknown."""
-    rows = config.prompts * config.group_size
-    return auto.Need(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_params(decoder))),
-        width=decoder.embed_dim,
-        layers=decoder.num_layers,
-        kv_heads=decoder.num_kv_heads,
-        rows=rows // (config.minibatches * config.microbatches),
-        sampled=rows,
-        longest=config.prompt_buckets[-1] + config.max_new_tokens,
-        memory=memory,
-    )
+def chosen(config: Config, decoder: DecoderConfig, num_devices: int, memory: int | None) -> tuple[MeshConfig, str]:
+    """config.mesh with the sizes chosen that it leaves open, and why; "" where it leaves none.
+
+    Args:
+      memory: bytes of a device, None = unknown.
+
+    Raises ValueError, one line, where no mesh will do.
+    """
+    algorithm, mesh, reason = config.algorithm, config.mesh, ""
+    rows = algorithm.prompts * algorithm.group_size
+    if mesh.chosen:
+        need = auto.Need(
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_params(decoder))),
+            width=decoder.embed_dim,
+            layers=decoder.num_layers,
+            kv_heads=decoder.num_kv_heads,
+            rows=rows // (algorithm.minibatches * algorithm.microbatches),
+            sampled=rows,
+            longest=algorithm.prompt_buckets[-1] + algorithm.max_new_tokens,
+            memory=memory,
+        )
+        mesh, reason = auto.choose(mesh, num_devices, need)
+    limits.rollout_rows(mesh, rows, num_devices)
+    return mesh, reason

@@ -29,7 +29,6 @@ from infinite_jax.planning.roofline import rollout_work, roofline, train_work
 from kernels import select
 from models import source
 from models.architectures import DecoderConfig
-from sharding import auto
 from sharding.mesh import axis_sizes, make_mesh, make_rollout_mesh, with_sizes
 
 TRIES = 3  # compilations spent on one question
@@ -124,11 +123,7 @@ def network(config: Config, chip: Chip) -> DecoderConfig:
 
 def sized(config: Config, decoder: DecoderConfig, chip: Chip, devices: int) -> tuple[Config, str]:
     """`config` with its mesh sizes chosen for so many devices of the chip, and why. Raises ValueError, one line."""
-    mesh, reason = config.mesh, ""
-    if mesh.chosen:
-        need = placement.need(config.algorithm, decoder, int(chip.usable))
-        mesh, reason = auto.choose(mesh, devices, need)
-    limits.rollout_rows(mesh, config.algorithm.prompts * config.algorithm.group_size, devices)
+    mesh, reason = placement.chosen(config, decoder, devices, int(chip.usable))
     return dataclasses.replace(config, mesh=with_sizes(mesh, axis_sizes(mesh, devices))), reason
 
 

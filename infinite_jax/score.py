@@ -8,7 +8,6 @@ A completion's row begins with the prompt's last token, which predicts its first
 prediction lies where its own token belongs, and no hidden state moves between the devices that split a row.
 """
 
-import functools
 from dataclasses import dataclass
 
 import chex
@@ -16,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.logprob import MAX_LOGITS, token_logp
 from models import policy
 from models.architectures import DecoderConfig
 from models.layout import copies, padded, positions
-from sharding.rules import constrain, shards, split
+from sharding.rules import constrain
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,7 @@ def completion_logp(
     slot_BS = length_B1 + positions(padded(span))  # of each prediction's token; past the row's end where T is padded
     input_BS, target_BS = (jnp.take_along_axis(tokens_BT, slot_BS - back, axis=1, mode="clip") for back in (1, 0))
     hidden_BSE = policy.extend(config, params, constrain(input_BS, "batch", "length"), prefix, ahead_P)
-    unembed = functools.partial(policy.unembed, config, policy.head(config, params))
-    target_BS, parts = constrain(target_BS, "batch", "length"), shards("seq")
-    most = MAX_LOGITS * split(("batch", None, "vocab"), (rows, 1, config.vocab_size)) * parts
-    found = token_logp(unembed, hidden_BSE, target_BS, temperature, most, parts)
+    found = policy.token_logp(config, params, hidden_BSE, constrain(target_BS, "batch", "length"), temperature)
     natural = np.argsort(positions(padded(span)))[:span]
     slot_BS = length_B1 + np.arange(span)
     chosen_BS = jnp.take_along_axis(loss_mask_BT, slot_BS, axis=1)

@@ -28,7 +28,7 @@ from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
 from rubric import schema
 from rubric.evaluator import RubricEvaluator
-from sharding import auto, exchange
+from sharding import exchange
 from sharding.mesh import MeshConfig, make_mesh, make_rollout_mesh
 
 
@@ -94,14 +94,10 @@ def load(config: Config) -> tuple[Loaded, Params]:
 
 def sized(config: Config, decoder: DecoderConfig) -> MeshConfig:
     """config.mesh with its sizes chosen where it leaves them open; prints why. Raises ValueError, one line."""
-    if not config.mesh.chosen:
-        return config.mesh
     memory = jax.local_devices()[0].memory_stats() or {}
     memory = exchange.from_first(memory.get("bytes_limit"))  # hosts may differ, meshes must not
-    need = placement.need(config.algorithm, decoder, memory)
-    mesh, reason = auto.choose(config.mesh, jax.device_count(), need)
-    limits.rollout_rows(mesh, need.sampled, jax.device_count())
-    if jax.device_count() > 1 and jax.process_index() == 0:
+    mesh, reason = placement.chosen(config, decoder, jax.device_count(), memory)
+    if reason and jax.device_count() > 1 and jax.process_index() == 0:
         print(reason)
     return mesh
 

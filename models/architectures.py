@@ -1,6 +1,6 @@
 """One set of hyper-parameters for four families of decoders: Llama (SmolLM2, Llama 3), Qwen2/2.5, Qwen3, Gemma 3 text.
 
-A family is nothing but a choice of these fields: models/policy.py reads them and knows no family name. They are read
+A family is nothing but a choice of these fields: models/decoder.py reads them and knows no family name. They are read
 from and written to Hugging Face configs (`from_hf`, `to_hf`), in which the rotary embedding has scaling variants:
 
     default  w_i = theta^(-2i / D)                       Su et al. 2021, arXiv 2104.09864

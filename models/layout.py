@@ -5,7 +5,7 @@ are read. The caller brings tokens into that order, x[:, positions(T)], and log-
 move. Masks say the rest: tokens in their order take the kernels' causal mask, windows and other orders theirs by
 position.
 
-Dimensions as in models/policy.py.
+Dimensions as in models/decoder.py.
 """
 
 import math

@@ -158,18 +158,23 @@ class Lifeline:
             pass
 
     def _serve(self, server: socket.socket, token: str) -> None:
+        """Hears nobody before all are connected: what ends one of the first must reach the last, too."""
+        unheard, until = [], time.monotonic() + ALL_CONNECT_S
         with selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
+                for key, _ in selector.select(max(until - time.monotonic(), 0) if unheard else None):
                     if key.fileobj is server:
-                        if (connection := self._accept(server, token)) is not None:
-                            selector.register(connection, selectors.EVENT_READ)
+                        unheard += self._accept(server, token)
                     elif not self._hear(key.fileobj):
                         selector.unregister(key.fileobj)
+                if self._complete.is_set() or time.monotonic() > until:
+                    for connection in unheard:
+                        selector.register(connection, selectors.EVENT_READ)
+                    unheard = []
 
-    def _accept(self, server: socket.socket, token: str) -> socket.socket | None:
-        """The connection of a process of this run; anything else that knocks is turned away."""
+    def _accept(self, server: socket.socket, token: str) -> list[socket.socket]:
+        """The connection, if it is of a process of this run; anything else that knocks is turned away."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             connection, _ = server.accept()
             connection.settimeout(CONNECT_S)
@@ -179,9 +184,9 @@ class Lifeline:
                 self._connections[_kept_alive(connection)] = hello["process"]
                 if len(self._connections) == len(self.hosts) - 1:
                     self._complete.set()
-                return connection
+                return [connection]
             connection.close()
-        return None
+        return []
 
     def _aborted(self) -> None:
         line = f"process {self.process}: JAX gave up, as it does when another process is gone; it says why above"

@@ -26,8 +26,11 @@ Axes = tuple[str | None, ...]
 
 
 def spec(mesh: Mesh | AbstractMesh, axes: Axes, shape: tuple[int, ...]) -> PartitionSpec:
-    """PartitionSpec of an array of `shape` whose dimensions have the logical names `axes`."""
-    entries, used = [], set()
+    """PartitionSpec of an array of `shape` whose dimensions have the logical names `axes`.
+
+    Within jax.shard_map `shape` is that of a device's part, and the axes that it splits by hand are left out.
+    """
+    entries, used = [], set(getattr(mesh, "manual_axes", ()))
     for name, size in zip(axes, shape, strict=True):
         chosen = tuple(axis for axis in RULES[name] if axis not in used and mesh.shape[axis] > 1)
         while size % math.prod(mesh.shape[axis] for axis in chosen):

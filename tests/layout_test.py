@@ -43,11 +43,11 @@ def test_imports_point_down_only(package):
         assert not above, f"{path} imports {above}"
 
 
-def test_only_the_policy_imports_flax():
+def test_only_the_decoder_imports_flax():
     users = {
         str(p.relative_to(ROOT)) for package in BELOW for p in (ROOT / package).rglob("*.py") if "flax" in imports(p)
     }
-    assert users == {"models/policy.py"}
+    assert users == {"models/decoder.py"}
 
 
 @pytest.mark.parametrize("package", BELOW)

@@ -142,6 +142,7 @@ def compare(family: str, meshes) -> dict[str, dict]:
             "logits_moved": [s for s in moved if len(s) > 2 and s[-1] in (V, V // 2)],
             "hidden_gathered": [s for s in gathered if len(s) == 3 and s[-1] == E],
             "keys_gathered": [s for s in gathered if len(s) == 4 and s[-1] == D and E not in s],
+            "tables_reduced": [s for s in collectives(step, "all-reduce") if E in s and {V, V // 2} & set(s)],
             "weights_gathered_in_rollout": [s for s in collectives(sample, "all-gather") if E in s or 48 in s],
         }
     return report
@@ -237,6 +238,11 @@ def test_loss_gradients_and_rollout_are_one_devices(reports, family, mesh):
 def test_no_logits_move_and_sampling_gathers_no_weights(reports, mesh):
     found = reports["llama"][mesh]
     assert found["logits_moved"] == [] and found["weights_gathered_in_rollout"] == [], found
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in SIX if mesh != "data8"])
+def test_the_gradient_of_the_vocabularys_table_is_scattered_where_it_is_summed(reports, mesh):
+    assert reports["llama"][mesh]["tables_reduced"] == []
 
 
 @pytest.mark.parametrize("mesh", ["data2_seq4", "fsdp2_tensor2_seq2"])

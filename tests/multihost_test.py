@@ -220,6 +220,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-6)  # compiled with other flags, float32 may round otherwise
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(setting, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     started = begin(["infinite_jax.train", *setting, f"run.dir={two}", "run.steps=2"], processes=2, devices=1)
@@ -271,8 +272,7 @@ with multihost.shared_fate():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_exchanged_arrives_and_a_difference_is_named(tmp_path, processes):
     (tmp_path / "script.py").write_text(EXCHANGED)
     found = end(begin([str(tmp_path / "script.py")], processes, 8 // processes))
