@@ -111,13 +111,17 @@ def test_a_run_that_is_continued_is_the_same_run(setting, straight, tmp_path):
 
 
 def test_a_service_that_is_down_makes_rows_invalid_and_never_zero(setting, tmp_path, caplog):
-    """Every reply asks: the search environment as a subclass would cost a file, so the user's file raises instead."""
     (tmp_path / "down.py").write_text(
         "def interact(messages):\n    raise ConnectionError('no service')\n\n\ndef grade(messages, answer):\n    return 1\n"
     )
     folder = tmp_path / "run"
-    down = [f"domains=[{{name: chat, train: 'gen:copy,size=7', test: 'gen:copy,size=5', environment: {tmp_path}/down.py}}]"]
-    assert train.main([*setting, f"run.dir={folder}", "run.steps=2", *down]) == 0
+    (Path(setting[1]) / "down.yaml").write_text(
+        "defaults: [small, _self_]\n"
+        "domains:\n"
+        "  - name: chat\n    train: gen:copy,size=7\n    test: gen:copy,split=test,size=5\n"
+        f"    environment: {tmp_path / 'down.py'}\n"
+    )
+    assert train.main([*setting[:3], "down", f"run.dir={folder}", "run.steps=2"]) == 0
     rows = record.read(folder / "metrics.jsonl")
     for row in rows[1:]:
         assert row["rollout/invalid"] > 0
