@@ -4,9 +4,9 @@ gcd, products and sums take questions and numbers from reasoning_gym (level 1 is
 to 20). Number filtering is written here: the library's lists hold quoted decimals of different precision and are
 answered in Python's notation, where whole numbers between commas will do. Code tasks stand in code_tasks.py.
 
-`calculator` is a conversation: a call of the tool, its result, the answer. Three more domains for the cases around the edge: `lowercase` (easy), `spell_backwards` (nearly dead) and `acronym`
-(dead) for a model of that size. Left out: yes/no tasks, where guessing passes half, and letter counting, where always
-answering 1 does.
+`calculator` is a conversation: a call of the tool, its result, the answer. Three more domains for the cases around the
+edge: `lowercase` (easy), `spell_backwards` (nearly dead) and `acronym` (dead) for a model of that size. Left out: yes/no
+tasks, where guessing passes half, and letter counting, where always answering 1 does.
 """
 
 import json
@@ -260,7 +260,9 @@ BENCH = {
     "tool_call": few_shot("json_call", 2, tool_call, TOOL_TURN, examples_seed=1),
     "capitals": few_shot("constraints", 3, capitals),
 }
-TALK = {"calculator": few_shot("calculator,show=no", 3, calculator, CALCULATOR_TURN)}  # of several turns
+TALK = {
+    "calculator": few_shot("calculator,show=no", 3, calculator, CALCULATOR_TURN, examples_seed=4)
+}  # of several turns
 EDGE = {
     "lowercase": few_shot("constraints", 3, lowercase),
     "spell_backwards": few_shot("eq", 2, spell_backwards),

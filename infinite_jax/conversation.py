@@ -10,7 +10,7 @@ When that is changes no row (infinite_jax/turns.py), and the order of events dep
 
 A row is over when its environment has no further turn, its turns are used up, it is cut off by max_new_tokens, or what
 would follow leaves no room for a token. A reply that was cut off is not shown to the environment. Left out: several
-processes.
+processes, which infinite_jax/session.py refuses.
 """
 
 import functools
@@ -68,13 +68,7 @@ def prepare(
     max_turns: int,
     chunk: int,
 ) -> Talk:
-    """Raises ValueError, one line, where the chat template cannot render an environment's turn, or for several
-    processes."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"domains: environments of several turns run in one process, not in {jax.process_count()}: leave them out "
-            "or start one process for all devices"
-        )
+    """Raises ValueError, one line, where the chat template cannot render an environment's turn."""
     chat.encode_turn(tokenizer, [{"role": "tool", "content": "?"}], apply_chat_template=apply_chat_template)
     stops_D = [tuple(getattr(environment, "stops", ())) for environment in environments.of_domain]
     table = stop_strings.build(tokenizer, vocab_size, stops_D)

@@ -93,22 +93,13 @@ def open_session(config: Config) -> Session:
             f"mesh.rollout_devices={config.mesh.rollout_devices}: a rollout on devices of its own needs one process, "
             "since arrays do not move between several: set it to 0"
         )
-    if jax.process_count() > 1:
-        _refuse_conversations(config, jax.process_count())
     return assemble(config, *load(config))
-
-
-def _refuse_conversations(config: Config, processes: int) -> None:
-    for number, domain in enumerate(config.domains):
-        if registry.is_multi_turn(domain.environment):
-            raise ValueError(
-                f"domains[{number}].environment {domain.environment!r}: an environment of several turns needs one "
-                f"process, and there are {processes}: leave the domain out or start one process for all devices"
-            )
 
 
 def load(config: Config) -> tuple[Loaded, Params]:
     """The files, and the model's parameters on the mesh."""
+    if jax.process_count() > 1:
+        _refuse_conversations(config, jax.process_count())
     sizes = sized(config, source.network(config.model))
     mesh = make_mesh(sizes)
     text = source.load_tokenizer(config.model)
@@ -221,6 +212,15 @@ def _read_domains(config: Config, text, environments: Environments) -> tuple[lis
         train.append({level: tokenised(rows) for level, rows in domain.train_levels.items()})
         test.append(tokenised(domain.test_rows))
     return train, test
+
+
+def _refuse_conversations(config: Config, processes: int) -> None:
+    for number, domain in enumerate(config.domains):
+        if registry.is_multi_turn(domain.environment):
+            raise ValueError(
+                f"domains[{number}].environment {domain.environment!r}: an environment of several turns needs one "
+                f"process, and there are {processes}: leave the domain out or start one process for all devices"
+            )
 
 
 def _all(train: list[dict[int, list]]) -> list[list]:

@@ -1,5 +1,10 @@
-"""Conversations within the loop: a small random model, an environment in a file of a user's, and one that is down."""
+"""Conversations within the loop: a small random model, an environment in a file of a user's, and one that is down.
 
+pytest -m "slow or not slow" tests/talking_test.py runs the longer ones, too.
+"""
+
+import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,10 +14,11 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from configs import cli
-from infinite_jax import record, resume, run_folder, session, train
+from configs import cli, limits
+from infinite_jax import prompts, record, resume, run_folder, session, train
 from models import hf, policy, source
 from models.architectures import from_hf
+from rubric.environments.runner import Environments
 
 CHATTER = """
 import zlib
@@ -58,9 +64,10 @@ def setting(tmp_path_factory) -> list[str]:
         f"    environment: {folder / 'chatter.py'}\n"
         "  - {name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', environment: number}\n"
         "run: {steps: 6, eval_every: 2, checkpoint_every: 2, keep_last: 9}\n"
-        "algorithm: {prompts: 4, group_size: 4, prompt_buckets: [32], max_new_tokens: 12, max_turns: 3, turn_chunk: 4}\n"
+        "algorithm: {prompts: 4, group_size: 4, prompt_buckets: [32], max_new_tokens: 12, max_turns: 3, turn_chunk: 4}"
+        "\n"
         "eval: {batch: 8, canary: false}\n"
-        "anchors: {each: 0}\n"
+        "anchors: {each: 4}\n"
         "curriculum: {single_every: 3}\n"
         "rubric: {workers: 1}\n"
     )
@@ -97,6 +104,7 @@ def test_nothing_compiles_after_the_first_step(straight):
     assert compiled[0] > 0 and compiled[1:] == [0] * 5, compiled
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_is_the_same_run(setting, straight, tmp_path):
     folder = tmp_path / "run"
     assert train.main([*setting, f"run.dir={folder}", "run.steps=3"]) == 0
@@ -110,9 +118,11 @@ def test_a_run_that_is_continued_is_the_same_run(setting, straight, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
+@pytest.mark.slow
 def test_a_service_that_is_down_makes_rows_invalid_and_never_zero(setting, tmp_path, caplog):
     (tmp_path / "down.py").write_text(
-        "def interact(messages):\n    raise ConnectionError('no service')\n\n\ndef grade(messages, answer):\n    return 1\n"
+        "def interact(messages):\n    raise ConnectionError('no service')\n\n\n"
+        "def grade(messages, answer):\n    return 1\n"
     )
     folder = tmp_path / "run"
     (Path(setting[1]) / "down.yaml").write_text(
@@ -124,5 +134,44 @@ def test_a_service_that_is_down_makes_rows_invalid_and_never_zero(setting, tmp_p
     assert train.main([*setting[:3], "down", f"run.dir={folder}", "run.steps=2"]) == 0
     rows = record.read(folder / "metrics.jsonl")
     for row in rows[1:]:
-        assert row["rollout/invalid"] > 0
+        assert row["rollout/invalid"] > 0.3
         assert row["reward/mean"] in (None, 0)  # of rows whose only turn was cut off, which no environment saw
+
+
+def test_tools_stand_in_the_prompt_unless_the_domain_hides_them():
+    shown, hidden = (Environments([f"calculator{option}"]) for option in ("", ",show=no"))
+    rows = [{"messages": [{"role": "user", "content": "6*7?"}]}]
+    text = source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto"))
+    made = [
+        prompts.tokenise(text, rows, 0, "sums", 999, True, functools.partial(environments.tools, 0))[0].ids
+        for environments in (shown, hidden)
+    ]
+    assert '"expression"' in text.decode(made[0]) and made[0][-len(made[1]) + 1 :] == made[1][1:]
+    assert text.decode(made[1]) == "<|user|>6*7?<|end|><|assistant|>"
+    rows[0]["tools"] = [{"description": "has no name"}]
+    with pytest.raises(ValueError, match=r"^domain sums, row 0: row .* tools\[0\] has no name"):
+        prompts.tokenise(text, rows, 0, "sums", 999, True, functools.partial(shown.tools, 0))
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ("searchr1,topk=0", "domains[0].environment 'searchr1,topk=0': topk=0 is no positive whole number"),
+        ("calculator,show=maybe", "show=maybe; expected yes or no"),
+        ("calculater", "domains[0].environment 'calculater' is unknown"),
+        ("nowhere.py", "domains[0].environment 'nowhere.py': there is no such file"),
+    ],
+)
+def test_environments_that_cannot_be_made_are_refused_before_anything_is_read(environment, message):
+    config = cli.compose_config("config", None, [])
+    domains = (dataclasses.replace(config.domains[0], environment=environment),)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        limits.validate(dataclasses.replace(config, domains=domains), 1)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    config = cli.compose_config("config", None, ["model=smollm2_135m", "domains=calculator"])
+    monkeypatch.setattr(session.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"domains\[0\].environment 'calculator,show=no'.* there are 2: leave the"):
+        session.load(config)

@@ -5,8 +5,8 @@ supervision, on conversations that the rows of a domain could have, most of them
 asking, a call with a digit wrong, the result not read. What is saved in DIR can hold such a conversation, as an
 instruction-tuned model can, and mostly does not; to prefer it is left to reinforcement learning.
 
-calculator: `add: 473 + 858` of gen:add,difficulty=3. retrieval: questions of one fact about an invented world, in which
-no entity is one of rubric/world.
+calculator: `add: 473 + 858` of gen:add,difficulty=3. retrieval: questions for a year, about invented worlds other than
+rubric/world.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curriculum import domains
-from models import hf, policy, tokenizer
+from models import hf, tokenizer
 from models.source import TINY
 from models.tiny import make
 from rubric.search_service import passages
@@ -27,8 +27,9 @@ from rubric.world import make as world
 
 Turns = list[tuple[str, str]]  # (role, text), the policy's and the environment's
 SEARCHES = ("</search>", "</answer>")  # end a turn of the policy's by themselves
-RIGHT, BLIND = 0.3, 0.5  # shares of conversations that are right, and of guesses without a call; the others go wrong
-BATCH, REPORT, WORLD_SEED = 32, 50, 1
+RIGHT, BLIND = 0.15, 0.75  # shares of conversations that are right, and of guesses without a call; the others go wrong
+BATCH, REPORT, PEAK_RATE = 16, 50, 1e-3
+WORLDS = range(1, 41)  # seeds; rubric/world is that of seed 0
 
 
 def calculator(rng: np.random.Generator, row: dict) -> Turns:
@@ -46,7 +47,7 @@ def calculator(rng: np.random.Generator, row: dict) -> Turns:
 
 
 def retrieval(rng: np.random.Generator, row: dict) -> Turns:
-    kind, guess = rng.random(), row["guesses"][rng.integers(len(row["guesses"]))]
+    kind, guess = rng.random(), str(rng.integers(1100, 1900))
     if kind < BLIND:
         return [("assistant", f"<answer>{guess}</answer>")]
     found = f"<information>{passages([row['document']])}</information>"
@@ -67,17 +68,15 @@ def _sums() -> list[dict]:
 
 
 def _questions() -> list[dict]:
-    """Of one fact, with the document that answers it and what others would answer to questions of the same form."""
-    entities, rows = world.world(WORLD_SEED), []
-    by_form: dict[str, list[str]] = {}
-    for entity in entities:
-        for fact in entity.facts:
-            by_form.setdefault(fact.asks, []).append(fact.answers[0])
-    for entity in entities:
-        for fact in entity.facts:
-            row = world.row(fact.asks.format(entity.name), fact.answers, bare=True)
-            rows.append(row | {"document": {"title": entity.name, "text": entity.text}, "guesses": by_form[fact.asks]})
-    return rows
+    """Of one fact, each with the document that answers it."""
+    return [
+        world.row(fact.asks.format(entity.name), fact.answers, bare=True)
+        | {"document": {"title": entity.name, "text": entity.text}}
+        for seed in WORLDS
+        for entity in world.world(seed)
+        for fact in entity.facts
+        if fact.asks.startswith("In which year")
+    ]
 
 
 TASKS: dict[str, tuple[Callable, Callable]] = {"calculator": (_sums, calculator), "retrieval": (_questions, retrieval)}
@@ -114,11 +113,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m models.tiny.talk", description=__doc__.splitlines()[0])
     arguments.add_argument("--of", choices=[*TASKS], required=True)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--steps", type=int, default=600)
+    arguments.add_argument("--steps", type=int, default=800)
     given = arguments.parse_args()
     text = tokenizer.load(str(TINY))
     config, params = hf.load(TINY, jnp.float32)
-    tx, learn = make.learner(config, given.steps)
+    tx, learn = make.learner(config, given.steps, PEAK_RATE)
     read, talk = TASKS[given.of]
     tokens_NT, own_NT = map(jnp.asarray, pack(text, read(), talk, 8000))
     opt_state, rng = tx.init(params), np.random.default_rng(make.SEED)

@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=320, help="questions at most")
     parser.add_argument("--test", type=int, default=96, help="questions at most")
     parser.add_argument("--facts", type=int, choices=(1, 2), default=2, help="facts a question chains at most")
+    parser.add_argument("--asks", default="", help="how a question begins, such as 'In which year'")
     parser.add_argument("--bare", action="store_true", help="questions without the instruction how to search")
     arguments = parser.parse_args()
     entities = world(arguments.seed)
@@ -172,7 +173,9 @@ def main() -> None:
         {"id": f"{entity.kind}-{number}", "title": entity.name, "text": entity.text}
         for number, entity in enumerate(entities)
     ]
-    train, test = split(questions(entities, arguments.facts, arguments.bare), arguments.seed, arguments.train, arguments.test)
+    rows = questions(entities, arguments.facts, arguments.bare)
+    rows = [each for each in rows if each["key"].startswith(f"world {arguments.asks}")]
+    train, test = split(rows, arguments.seed, arguments.train, arguments.test)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("corpus", documents), ("train", train), ("test", test)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
