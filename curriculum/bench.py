@@ -4,8 +4,8 @@ gcd, products and sums take questions and numbers from reasoning_gym (level 1 is
 to 20). Number filtering is written here: the library's lists hold quoted decimals of different precision and are
 answered in Python's notation, where whole numbers between commas will do. Code tasks stand in code_tasks.py.
 
-`calculator` is a conversation: a call of the tool, its result, the answer. Three more domains for the cases around the
-edge: `lowercase` (easy), `spell_backwards` (nearly dead) and `acronym` (dead) for a model of that size. Left out: yes/no
+`calculator` is a conversation: a call, its result, the answer. Three more domains for the cases around the edge:
+`lowercase` (easy), `spell_backwards` (nearly dead) and `acronym` (dead) for a model of that size. Left out: yes/no
 tasks, where guessing passes half, and letter counting, where always answering 1 does.
 """
 

@@ -128,24 +128,23 @@ def _book(name: str, author: str, year: int, town: str) -> Entity:
     return Entity("book", name, text, facts)
 
 
-def questions(entities: list[Entity], facts: int = 2, bare: bool = False) -> list[dict]:
-    """Rows {messages, answer, key} of one and of up to `facts` facts, in the order of the entities. bare: as `row`."""
+def questions(entities: list[Entity]) -> list[dict]:
+    """Rows {messages, answer, key} of one and of two facts, in the order of the entities."""
     by_name = {entity.name: entity for entity in entities}
     rows = []
     for entity in entities:
         for fact in entity.facts:
-            rows.append(row(fact.asks.format(entity.name), fact.answers, bare))
-            follow = by_name[fact.answers[0]].facts if fact.chain and facts > 1 else []
-            rows += [row(second.asks.format(fact.chain.format(entity.name)), second.answers, bare) for second in follow]
+            rows.append(_row(fact.asks.format(entity.name), fact.answers))
+            follow = by_name[fact.answers[0]].facts if fact.chain else []
+            rows += [_row(second.asks.format(fact.chain.format(entity.name)), second.answers) for second in follow]
     return rows
 
 
-def row(question: str, answers: list[str], bare: bool = False) -> dict:
-    """bare: the question alone, for a policy that knows how to search."""
+def _row(question: str, answers: list[str]) -> dict:
     for doubled in ("the river the river", "the town the town"):
         question = question.replace(doubled, doubled.rpartition(" the ")[0])
     question = question.replace("the river river", "the river")
-    messages = [{"role": "user", "content": question if bare else f"{INSTRUCTION}\n{question}"}]
+    messages = [{"role": "user", "content": f"{INSTRUCTION}\n{question}"}]
     return {"messages": messages, "answer": answers, "key": f"world {question}"}
 
 
@@ -164,18 +163,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=320, help="questions at most")
     parser.add_argument("--test", type=int, default=96, help="questions at most")
-    parser.add_argument("--facts", type=int, choices=(1, 2), default=2, help="facts a question chains at most")
-    parser.add_argument("--asks", default="", help="how a question begins, such as 'In which year'")
-    parser.add_argument("--bare", action="store_true", help="questions without the instruction how to search")
     arguments = parser.parse_args()
     entities = world(arguments.seed)
     documents = [
         {"id": f"{entity.kind}-{number}", "title": entity.name, "text": entity.text}
         for number, entity in enumerate(entities)
     ]
-    rows = questions(entities, arguments.facts, arguments.bare)
-    rows = [each for each in rows if each["key"].startswith(f"world {arguments.asks}")]
-    train, test = split(rows, arguments.seed, arguments.train, arguments.test)
+    train, test = split(questions(entities), arguments.seed, arguments.train, arguments.test)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("corpus", documents), ("train", train), ("test", test)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
