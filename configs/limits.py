@@ -6,6 +6,7 @@ from configs.schema import Config, flat, get
 from curriculum import domains
 from curriculum.sampler import MAX_PROMPTS
 from rubric import anchor_keeper, evaluator, schema
+from rubric.environments import registry
 from sharding import auto
 from sharding.mesh import OFFLOAD, MeshConfig, axis_sizes
 
@@ -37,6 +38,8 @@ AT_LEAST = {
     "algorithm.prompts": 1,
     "algorithm.group_size": 2,
     "algorithm.max_new_tokens": 1,
+    "algorithm.max_turns": 1,
+    "algorithm.turn_chunk": 1,
     "algorithm.top_k": 0,
     "algorithm.clip_low": 0,
     "algorithm.clip_high": 0,
@@ -119,7 +122,7 @@ def validate(config: Config, num_devices: int) -> None:
         rollout_rows(config.mesh, rows, num_devices)
     domains.check(config.domains)
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
-    evaluator.check([domain.environment for domain in config.domains], config.rubric, rubrics)
+    evaluator.check(_single_replies(config), config.rubric, rubrics)
     anchor_keeper.check(config.anchors)
     if all(domain.eval_only for domain in config.domains):
         raise ValueError("domains: every domain is eval_only, nothing to train on: give one a `train` source")
@@ -135,6 +138,21 @@ def validate(config: Config, num_devices: int) -> None:
             "curriculum.difficulty=adaptive: no domain has a range of levels to move in: give a generated one a range, "
             "such as train: gen:sort,difficulty=1..4"
         )
+
+
+def _single_replies(config: Config) -> list[str | None]:
+    """What grades single replies in each domain, None where its environment holds conversations and grades them whole.
+
+    Raises ValueError or FileNotFoundError, one line, on an environment of conversations that cannot be made.
+    """
+    found: list[str | None] = []
+    for number, domain in enumerate(config.domains):
+        key = f"domains[{number}].environment"
+        talks = registry.is_multi_turn(domain.environment, key)
+        if talks:
+            registry.check(domain.environment, key)
+        found.append(None if talks else domain.environment)
+    return found
 
 
 def rollout_rows(mesh: MeshConfig, rows: int, num_devices: int) -> None:

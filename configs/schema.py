@@ -46,7 +46,9 @@ class AlgorithmConfig:
     prompts: int  # P, prompts a step
     group_size: int  # G, samples of each prompt
     prompt_buckets: tuple[int, ...]  # tokens; ascending, at most three; longer prompts are refused at the start
-    max_new_tokens: int  # tokens of a completion
+    max_new_tokens: int  # tokens of a completion; in conversations of all turns, the environment's too
+    max_turns: int  # of the policy, in a conversation with an environment
+    turn_chunk: int  # tokens a row of one forward pass over an environment's turn
     temperature: float  # > 0
     top_k: int  # 0 = off
     top_p: float  # 1 = off

@@ -4,12 +4,13 @@ gcd, products and sums take questions and numbers from reasoning_gym (level 1 is
 to 20). Number filtering is written here: the library's lists hold quoted decimals of different precision and are
 answered in Python's notation, where whole numbers between commas will do. Code tasks stand in code_tasks.py.
 
-Three more domains for the cases around the edge: `lowercase` (easy), `spell_backwards` (nearly dead) and `acronym`
-(dead) for a model of that size. Left out: yes/no tasks, where guessing passes half, and letter counting, where always
-answering 1 does.
+`calculator` is a conversation: a call, its result, the answer. Three more domains for the cases around the edge:
+`lowercase` (easy), `spell_backwards` (nearly dead) and `acronym` (dead) for a model of that size. Left out: yes/no
+tasks, where guessing passes half, and letter counting, where always answering 1 does.
 """
 
 import json
+import operator
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,27 @@ def acronym(rng: np.random.Generator, difficulty: int) -> Task:
     return Task(f"What is the acronym of: {' '.join(words)}?", reply, {}, f"acronym {words}")
 
 
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+CALCULATOR_TURN = 'For arithmetic, write <tool name="calculator">expression</tool>. The next turn is its result.'
+
+
+def calculator(rng: np.random.Generator, difficulty: int) -> Task:
+    """A number below 1000 and `difficulty` numbers below 100 joined by + - *: too much for the head of a small model,
+    one call of the calculator."""
+    first, steps = int(rng.integers(100, 1000)), []
+    for _ in range(difficulty):
+        steps.append((_pick(rng, tuple(OPERATIONS)), int(rng.integers(12, 100))))
+    expression, value = str(first), first
+    for sign, number in steps:  # from left to right, so in parentheses where * would come first
+        expression = f"({expression})" if sign == "*" and any(s in expression for s in "+-") else expression
+        expression, value = f"{expression} {sign} {number}", OPERATIONS[sign](value, number)
+    question = _pick(rng, ("What is {}?", "Work out {}.", "How much is {}?")).format(expression)
+    call = ("assistant", f'<tool name="calculator">{expression}</tool>')
+    signs = {sign for sign, _ in steps}
+    steps = sorted(steps) if signs <= {"+", "-"} or signs == {"*"} else steps  # any order has the same value
+    return Task(question, str(value), {}, f"calculator {first} {steps}", between=(call, ("tool", str(value))))
+
+
 BENCH = {
     "gcd": few_shot("number", 3, gcd),
     "products": few_shot("number", 3, products),
@@ -238,6 +260,9 @@ BENCH = {
     "tool_call": few_shot("json_call", 2, tool_call, TOOL_TURN, examples_seed=1),
     "capitals": few_shot("constraints", 3, capitals),
 }
+TALK = {
+    "calculator": few_shot("calculator,show=no", 3, calculator, CALCULATOR_TURN, examples_seed=4)
+}  # of several turns
 EDGE = {
     "lowercase": few_shot("constraints", 3, lowercase),
     "spell_backwards": few_shot("eq", 2, spell_backwards),

@@ -27,6 +27,7 @@ class Task(NamedTuple):
     meta: dict[str, Any]  # for the grader
     key: str  # canonical
     answer: Any = None  # where the grader wants other than the reply
+    between: tuple[tuple[str, str], ...] = ()  # (role, text) of an example's turns between question and reply
 
 
 def few_shot(
@@ -51,6 +52,7 @@ def few_shot(
         turns = [] if system is None else [{"role": "system", "content": system}]
         for task in examples.values():
             turns.append({"role": "user", "content": task.question})
+            turns += [{"role": role, "content": text} for role, text in task.between]
             turns.append({"role": "assistant", "content": task.reply})
         return turns, frozenset(task.key for task in examples.values())
 

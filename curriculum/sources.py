@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from curriculum import generators, gym, suites
-from curriculum.bench import BENCH, EDGE
+from curriculum.bench import BENCH, EDGE, TALK
 from curriculum.generators import TINY, Row
 
-GENERATORS = TINY | BENCH | EDGE
+GENERATORS = TINY | BENCH | EDGE | TALK
 ROLES = ("system", "user", "assistant", "tool")
 PROMPTS = ("messages", "prompt", "question")  # columns that can hold what is asked, the first present is read
 

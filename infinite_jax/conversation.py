@@ -10,7 +10,7 @@ When that is changes no row (infinite_jax/turns.py), and the order of events dep
 
 A row is over when its environment has no further turn, its turns are used up, it is cut off by max_new_tokens, or what
 would follow leaves no room for a token. A reply that was cut off is not shown to the environment. Left out: several
-processes.
+processes, which infinite_jax/session.py refuses.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from infinite_jax import stop_strings, turns
 from infinite_jax.placement import place
 from infinite_jax.prompts import Prompt
-from infinite_jax.rollout import Generated, Sampling
+from infinite_jax.rollout import Generated, Sampling, generate
 from models import policy
 from models import tokenizer as chat
 from models.architectures import DecoderConfig
@@ -68,13 +68,7 @@ def prepare(
     max_turns: int,
     chunk: int,
 ) -> Talk:
-    """Raises ValueError, one line, where the chat template cannot render an environment's turn, or for several
-    processes."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"domains: environments of several turns run in one process, not in {jax.process_count()}: leave them out "
-            "or start one process for all devices"
-        )
+    """Raises ValueError, one line, where the chat template cannot render an environment's turn."""
     chat.encode_turn(tokenizer, [{"role": "tool", "content": "?"}], apply_chat_template=apply_chat_template)
     stops_D = [tuple(getattr(environment, "stops", ())) for environment in environments.of_domain]
     table = stop_strings.build(tokenizer, vocab_size, stops_D)
@@ -83,9 +77,28 @@ def prepare(
     return Talk(environments, tokenizer, apply_chat_template, max_turns, chunk, mesh, table_XV, start_D)
 
 
-def needed(environments: Environments, chosen: Sequence[Prompt]) -> bool:
-    """Whether a batch has conversations at all; one that has none goes through rollout.generate."""
-    return any(environments.of_domain[prompt.domain] is not None for prompt in chosen)
+def respond(
+    decoder: DecoderConfig,
+    sampling: Sampling,
+    params,
+    mesh: Mesh,
+    talk: Talk | None,
+    chosen: Sequence[Prompt],
+    prompt_PT: np.ndarray,
+    length_P: np.ndarray,
+    key: jax.Array,
+) -> tuple[Generated, Conversed | None]:
+    """group_size replies or conversations to each prompt; arguments as `converse` takes them.
+
+    mesh: the rollout's. talk: None where no domain of the run holds conversations. Where one does, batches of single
+    replies go through `converse` too, so that no step compiles another program than the first.
+    """
+    if talk is not None:
+        conversed = converse(decoder, sampling, params, talk, chosen, prompt_PT, length_P, key)
+        return conversed.made, conversed
+    with jax.set_mesh(mesh):
+        placed = (place(mesh, x) for x in (prompt_PT, length_P))
+        return generate(decoder, sampling, params, *placed, key), None
 
 
 def converse(
@@ -132,6 +145,21 @@ def grade(environments: Environments, prompt_B: Sequence[Prompt], conversed: Con
         [conversed.messages[b] for b in asked],
     )
     return {b: Result(None, conversed.reasons[b]) for b in rows} | dict(zip(asked, results))
+
+
+def last_turns(conversed: Conversed) -> list[str]:
+    """What the policy said last in each row: what graders of single replies read."""
+    return [messages[-1]["content"] for messages in conversed.messages]
+
+
+def shown(chosen: Sequence[Prompt], conversed: Conversed) -> list[str]:
+    """What followed each row's prompt, for people to read: a single reply as it is, several turns with their roles."""
+    group = len(conversed.messages) // len(chosen)
+    said_B = [messages[len(chosen[b // group].row["messages"]) :] for b, messages in enumerate(conversed.messages)]
+    return [
+        said[0]["content"] if len(said) == 1 else "\n".join(f"[{turn['role']}] {turn['content']}" for turn in said)
+        for said in said_B
+    ]
 
 
 @dataclass

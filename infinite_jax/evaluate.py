@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trained = RunState(run_folder.abstract(state.train), None, None, None)
             number, state = run_folder.checkpoints(run_dir).restore(trained, step)
             say(f"{run_dir}, step {number}")
-    with session.grader, multihost.shared_fate():
+    with session, multihost.shared_fate():
         results = session.evaluator.run(state.train.params)
         say(results_table(results))
     multihost.shutdown()

@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig, EvalConfig
-from infinite_jax import prompts, rows
-from infinite_jax.placement import place
+from infinite_jax import conversation, prompts, rows
+from infinite_jax.conversation import Talk
 from infinite_jax.prompts import Prompt
-from infinite_jax.rollout import Sampling, generate, sync
+from infinite_jax.rollout import Sampling, sync
 from infinite_jax.trainer import EVAL_STREAM, stream_key
 from models.architectures import DecoderConfig
 from rubric import scoring
@@ -28,7 +28,7 @@ class DomainResult(NamedTuple):
     sampled_NS: np.ndarray | None  # the same for eval.samples completions a prompt at temperature 1
     scores_NK: np.ndarray | None = None  # f32 of the greedy replies: rubric.scoring.of_domain; this and more not saved
     rows: tuple[dict, ...] = ()  # of the prompts
-    replies: tuple[str | None, ...] = ()  # greedy ones; None where another process has it
+    replies: tuple[str | None, ...] = ()  # greedy ones, the last of a conversation; None where another process has it
 
 
 Results = dict[str, DomainResult]  # by domain name; prompts in the same order at every evaluation
@@ -49,10 +49,11 @@ class Evaluator:
         test: Sequence[Sequence[Prompt]],
         names: Sequence[str],
         grader: RubricEvaluator,
+        talk: Talk | None,
         seed: int,
     ):
         self.config, self.algorithm, self.decoder, self.mesh = config, algorithm, decoder, mesh
-        self.tokenizer, self.names, self.grader, self.seed = tokenizer, names, grader, seed
+        self.tokenizer, self.names, self.grader, self.talk, self.seed = tokenizer, names, grader, talk, seed
         self.greedy = Sampling(0.0, 0, 1.0, algorithm.max_new_tokens, 1, stop_ids, pad_id)
         kept = [domain[: config.prompts or None] for domain in test]
         # by length, so that a batch pays for its own bucket; static batches, the last one filled up
@@ -85,10 +86,14 @@ class Evaluator:
         batches = [self.test[start : start + size] for start in range(0, len(self.test), size)]
         made = [self._generate(params, sampling, batch, number) for number, batch in enumerate(batches)]
         held, said, grades, scores = [], [], [], []
-        for batch, generated in zip(batches, made):  # the device works on the next batch while this one is graded
-            repeated = [prompt for prompt in batch for _ in range(sampling.group_size)]
-            replies = rows.read(self.tokenizer, generated.tokens_BT, generated.loss_mask_BT)[: len(repeated)]
-            mine_B, scored = rows.grade(self.grader, repeated, replies)
+        for batch, (generated, conversed) in zip(batches, made):  # the device is at the next batch meanwhile
+            repeated, graded = [prompt for prompt in batch for _ in range(sampling.group_size)], {}
+            if conversed is None:
+                replies = rows.read(self.tokenizer, generated.tokens_BT, generated.loss_mask_BT)[: len(repeated)]
+            else:
+                replies = conversation.last_turns(conversed)
+                graded = conversation.grade(self.talk.environments, repeated, conversed)
+            mine_B, scored = rows.grade(self.grader, repeated, replies, graded)
             held.append(mine_B)
             said += replies
             grades.append(scored.grades)
@@ -100,7 +105,8 @@ class Evaluator:
         filled = batch + [batch[-1]] * (self.config.batch - len(batch))
         prompt_PT, length_P = prompts.pad(filled, self.algorithm.prompt_buckets, sampling.pad_id)
         key = stream_key(self.seed, number, EVAL_STREAM)  # the same keys at every evaluation
-        return generate(self.decoder, sampling, params, place(self.mesh, prompt_PT), place(self.mesh, length_P), key)
+        asked = (batch, prompt_PT, length_P, key)
+        return conversation.respond(self.decoder, sampling, params, self.mesh, self.talk, *asked)
 
 
 def _known(grades: Grades) -> np.ndarray:

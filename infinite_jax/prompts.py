@@ -7,7 +7,7 @@ A trainer uses either in the same way: position = start(); take(...) at each ste
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,11 +30,26 @@ class Prompt(NamedTuple):
     number: int = 0  # place among all training prompts, counted by PriorityStream
 
 
-def tokenise(tokenizer, rows: Sequence[dict], domain: int, name: str, limit: int, template: bool) -> list[Prompt]:
-    """Raises ValueError on a prompt of more than `limit` tokens: shapes are static, and a cut question is corrupt."""
+def tokenise(
+    tokenizer,
+    rows: Sequence[dict],
+    domain: int,
+    name: str,
+    limit: int,
+    template: bool,
+    tools: Callable[[dict], list[dict] | None] = lambda row: None,
+) -> list[Prompt]:
+    """Raises ValueError on a prompt of more than `limit` tokens: shapes are static, and a cut question is corrupt.
+
+    tools: the JSON schemas that a row's prompt is to show, if any.
+    """
     prompts = []
     for number, row in enumerate(rows):
-        ids = tuple(chat.encode_prompt(tokenizer, row["messages"], apply_chat_template=template))
+        try:
+            shown = tools(row)
+        except ValueError as error:
+            raise ValueError(f"domain {name}, row {number}: {error}") from error
+        ids = tuple(chat.encode_prompt(tokenizer, row["messages"], apply_chat_template=template, tools=shown))
         if len(ids) > limit:
             raise ValueError(
                 f"domain {name}, row {number}: the prompt has {len(ids)} tokens, more than the largest of "

@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
                 run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
         except BaseException:
-            session.grader.close()
+            session.close()
             raise
-    with session.grader:
+    with session:
         if multihost.is_first():
             print(f"continuing {run_dir} " + ("from its beginning" if start is None else f"after step {start}"))
             for name in asked.retire:

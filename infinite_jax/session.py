@@ -3,6 +3,7 @@
 All that the user gave is read and checked here, before anything is compiled.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from configs import limits
 from configs.schema import Config
 from curriculum import domains, policies
 from curriculum.triage import NEVER, Roster, roster
-from infinite_jax import placement, prompts
+from infinite_jax import conversation, placement, prompts
 from infinite_jax.canary import Canary
 from infinite_jax.heldout import Evaluator
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
@@ -27,6 +28,8 @@ from infinite_jax.types import Params, RunState
 from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
 from rubric import schema
+from rubric.environments import registry
+from rubric.environments.runner import Environments
 from rubric.evaluator import RubricEvaluator
 from sharding import exchange
 from sharding.mesh import MeshConfig, make_mesh, make_rollout_mesh
@@ -44,6 +47,18 @@ class Session(NamedTuple):
     trainer: InfiniteGRPOTrainer
     state: RunState  # of step 0
     data_sha256: dict[str, str]  # of every row read, by domain
+    environments: Environments  # of conversations
+
+    def close(self) -> None:
+        """Ends the processes of graders and environments. Or use the session in `with`."""
+        self.grader.close()
+        self.environments.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def set_up_runtime(config: Config) -> None:
@@ -70,7 +85,7 @@ class Loaded(NamedTuple):
 def open_session(config: Config) -> Session:
     """Reads model and data and builds the parts. Raises ValueError, one line, on anything the user must mend.
 
-    The caller closes `grader`.
+    The caller closes it.
     """
     limits.validate(config, jax.device_count())
     if config.mesh.rollout_devices and jax.process_count() > 1:
@@ -83,10 +98,13 @@ def open_session(config: Config) -> Session:
 
 def load(config: Config) -> tuple[Loaded, Params]:
     """The files, and the model's parameters on the mesh."""
+    if jax.process_count() > 1:
+        _refuse_conversations(config, jax.process_count())
     sizes = sized(config, source.network(config.model))
     mesh = make_mesh(sizes)
     text = source.load_tokenizer(config.model)
-    train, test = _read_domains(config, text)
+    with Environments([domain.environment for domain in config.domains]) as environments:
+        train, test = _read_domains(config, text, environments)
     decoder, params = source.load(config.model, mesh)
     stop_ids, pad_id = _markup(config, text, decoder, [*_all(train), *test])
     return Loaded(mesh, make_rollout_mesh(sizes, mesh), decoder, text, stop_ids, pad_id, train, test), params
@@ -103,7 +121,7 @@ def sized(config: Config, decoder: DecoderConfig) -> MeshConfig:
 
 
 def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
-    """The parts, built. `params` go into the state of step 0, which a step donates. The caller closes `grader`."""
+    """The parts, built. `params` go into the state of step 0, which a step donates. The caller closes the session."""
     mesh, rollout_mesh, decoder, text, stop_ids, pad_id, train, test = loaded
     names, seed = [domain.name for domain in config.domains], config.run.seed
     if config.curriculum.level == "prompt":
@@ -118,7 +136,22 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     )
     ids, offload = (text, stop_ids, pad_id), config.mesh.offload
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
-    grader = RubricEvaluator([domain.environment for domain in config.domains], config.rubric, rubrics)
+    environments, talk = Environments([domain.environment for domain in config.domains]), None
+    single = [
+        domain.environment if environment is None else None
+        for domain, environment in zip(config.domains, environments.of_domain)
+    ]
+    if None in single:
+        talk = conversation.prepare(
+            environments,
+            text,
+            decoder.vocab_size,
+            rollout_mesh,
+            apply_chat_template=config.model.apply_chat_template,
+            max_turns=config.algorithm.max_turns,
+            chunk=config.algorithm.turn_chunk,
+        )
+    grader = RubricEvaluator(single, config.rubric, rubrics)
     trainer = InfiniteGRPOTrainer(
         config.algorithm,
         decoder,
@@ -132,15 +165,16 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         curriculum,
         config.curriculum.capacity,
         grader,
+        talk,
         seed,
     )
-    evaluator = Evaluator(config.eval, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, seed)
+    evaluator = Evaluator(config.eval, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, talk, seed)
     triage = curriculum.init(seed, members(config, stream.sets.size_D))
     triage = exchange.replicated(mesh, triage)
     train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, offload)
     state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64))
     hashes = _data_hashes(names, train, test)
-    return Session(config, mesh, decoder, text, names, grader, evaluator, canary, trainer, state, hashes)
+    return Session(config, mesh, decoder, text, names, grader, evaluator, canary, trainer, state, hashes, environments)
 
 
 def members(config: Config, size_D: np.ndarray) -> Roster:
@@ -161,18 +195,28 @@ def members(config: Config, size_D: np.ndarray) -> Roster:
     )
 
 
-def _read_domains(config: Config, text) -> tuple[list[dict[int, list]], list[list]]:
-    """For each domain its training prompts by level and its test prompts."""
+def _read_domains(config: Config, text, environments: Environments) -> tuple[list[dict[int, list]], list[list]]:
+    """For each domain its training prompts by level and its test prompts, with the tools that the model may call."""
     limit, template = config.algorithm.prompt_buckets[-1], config.model.apply_chat_template
     train, test = [], []
     for index, domain in enumerate(domains.load(config.domains, adaptive=config.curriculum.difficulty == "adaptive")):
 
         def tokenised(rows, index=index, name=domain.name):
-            return prompts.tokenise(text, rows, index, name, limit, template)
+            tools = functools.partial(environments.tools, index)
+            return prompts.tokenise(text, rows, index, name, limit, template, tools)
 
         train.append({level: tokenised(rows) for level, rows in domain.train_levels.items()})
         test.append(tokenised(domain.test_rows))
     return train, test
+
+
+def _refuse_conversations(config: Config, processes: int) -> None:
+    for number, domain in enumerate(config.domains):
+        if registry.is_multi_turn(domain.environment):
+            raise ValueError(
+                f"domains[{number}].environment {domain.environment!r}: an environment of several turns needs one "
+                f"process, and there are {processes}: leave the domain out or start one process for all devices"
+            )
 
 
 def _all(train: list[dict[int, list]]) -> list[list]:

@@ -21,15 +21,17 @@ def of_step(
     triage: Mapping[str, np.ndarray],
     names: Sequence[str],
     rubrics: Sequence[Rubric | None],
+    talks: Sequence[bool],
 ) -> Metrics:
     """Of all that was generated. What a domain did not show this step is None.
 
     Args:
       single: whether the batch was one domain's. update: scalars of the update. triage: arrays [D] by name.
-      names, rubrics: of the D domains.
+      names, rubrics: of the D domains. talks: whether a domain holds conversations.
     """
     rollouts = [done.rollout for done in rounds]
     tokens_B = np.concatenate([rows.generated(rollout.loss_mask_BT) for rollout in rollouts])
+    turns_B = np.concatenate([rows.turns(rollout.loss_mask_BT) for rollout in rollouts]) if any(talks) else None
     done_B = np.concatenate([exchange.whole(rollout.done_B) for rollout in rollouts])
     domain_B = np.concatenate([rollout.domain_B for rollout in rollouts])
     grades = Grades(*map(np.concatenate, zip(*(done.grades for done in rounds))))
@@ -49,6 +51,8 @@ def of_step(
     for d, (name, rubric) in enumerate(zip(names, rubrics, strict=True)):
         here_B = domain_B == d
         shown[f"pass_rate/{name}"] = mean(grades.grade_B[valid_B & here_B] >= 3)
+        if talks[d]:
+            shown[f"rollout/turns/{name}"] = mean(turns_B[here_B])
         shown |= {f"{key}/{name}": value_D[d].item() for key, value_D in triage.items()}
         shown |= watch.observe(rubric, scores_BK[here_B], tokens_B[here_B], name)
     return shown

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_dir = run_folder.choose(config)
         session = open_session(config)
         run_folder.claim(run_dir, config, session.data_sha256)
-    with session.grader:
+    with session:
         code = train(session._replace(state=None), run_dir, session.state)
     multihost.shutdown()
     return code

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig
 from curriculum.triage import DomainStats
-from infinite_jax import batch, grpo, prompts, rows, step_metrics
+from infinite_jax import batch, conversation, grpo, prompts, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
-from infinite_jax.placement import abstract_train_state, fetched, moments_in, moved, place
+from infinite_jax.conversation import Conversed, Talk
+from infinite_jax.placement import abstract_train_state, fetched, moments_in, moved
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
-from infinite_jax.rollout import Sampling, generate, sync
+from infinite_jax.rollout import Sampling, sync
 from infinite_jax.rows import Round
 from infinite_jax.score import Scorer
 from infinite_jax.step_metrics import Metrics
@@ -53,6 +54,7 @@ class InfiniteGRPOTrainer:
       reference: frozen parameters in the compute dtype, the KL anchor; never updated.
       curriculum: a policy of curriculum.policies.
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
+      talk: None where every domain grades single replies.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class InfiniteGRPOTrainer:
         curriculum,
         capacity: str,
         grader: RubricEvaluator,
+        talk: Talk | None,
         seed: int,
     ):
         self.config, self.decoder, self.reference = config, decoder, reference
         self.mesh, self.rollout_mesh, self.offload = mesh, rollout_mesh, offload
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
-        self.capacity, self.grader, self.seed = capacity, grader, seed
+        self.capacity, self.grader, self.talk, self.seed = capacity, grader, talk, seed
+        self.talks_D = [talk is not None and talk.environments.of_domain[d] is not None for d in range(len(names))]
         self.sampling = Sampling(
             config.temperature,
             config.top_k,
@@ -121,7 +125,7 @@ class InfiniteGRPOTrainer:
             curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
             triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
-        about = (self.names, self.grader.rubrics)
+        about = (self.names, self.grader.rubrics, self.talks_D)
         metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
         tokens = state.tokens + metrics["tokens/generated"]
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
@@ -141,17 +145,18 @@ class InfiniteGRPOTrainer:
         level_D = jax.device_get(state.curriculum.level)
         while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
             chosen, position = self.stream.take(domain_P, level_D, position)
-            rollout = self.rollout(params, chosen, int(state.curriculum.step), len(rounds))
-            replies = self.read(rollout)
+            rollout, conversed = self.rollout(params, chosen, int(state.curriculum.step), len(rounds))
+            replies = self.read(rollout, conversed)
             clock.lap("rollout")
-            grades, scores_BK = self.grade(chosen, replies)
+            grades, scores_BK = self.grade(chosen, replies, conversed)
             position = self.stream.learn(position, chosen, grades)
             clock.lap("grade")
-            rounds.append(Round(chosen, rollout, replies, grades, scores_BK))
+            said = replies if conversed is None else conversation.shown(chosen, conversed)
+            rounds.append(Round(chosen, rollout, said, grades, scores_BK))
             sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
         return rounds, sampled, position
 
-    def rollout(self, params, chosen: list[Prompt], step: int, number: int = 0) -> Rollout:
+    def rollout(self, params, chosen: list[Prompt], step: int, number: int = 0) -> tuple[Rollout, Conversed | None]:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p.
 
         params: as `sync` gives them. number: of the round.
@@ -161,23 +166,28 @@ class InfiniteGRPOTrainer:
         buckets = self.config.prompt_buckets
         buckets = buckets if step and not self.curriculum.resample else buckets[-1:]
         prompt_PT, length_P = prompts.pad(chosen, buckets, self.sampling.pad_id)
-        prompt_PT, length_P = (place(self.rollout_mesh, x) for x in (prompt_PT, length_P))
         with jax.set_mesh(self.rollout_mesh):
             key = stream_key(self.seed, step, ROLLOUT_STREAM)
             key = jax.random.fold_in(key, number) if number else key
-            made = generate(self.decoder, self.sampling, params, prompt_PT, length_P, key)
+        asked = (chosen, prompt_PT, length_P, key)
+        made, conversed = conversation.respond(
+            self.decoder, self.sampling, params, self.rollout_mesh, self.talk, *asked
+        )
         made = moved(self.mesh, made)
         prompt_B = np.repeat(np.arange(len(chosen), dtype=np.int32), self.config.group_size)
         domain_B = np.array([chosen[p].domain for p in prompt_B], np.int32)
-        return Rollout(made.tokens_BT, made.loss_mask_BT, made.logp_BT, domain_B, prompt_B, made.done_B)
+        return Rollout(made.tokens_BT, made.loss_mask_BT, made.logp_BT, domain_B, prompt_B, made.done_B), conversed
 
-    def read(self, rollout: Rollout) -> list[str | None]:
+    def read(self, rollout: Rollout, conversed: Conversed | None) -> list[str | None]:
+        if conversed is not None:
+            return conversation.last_turns(conversed)
         return rows.read(self.tokenizer, rollout.tokens_BT, rollout.loss_mask_BT)
 
-    def grade(self, chosen: list[Prompt], replies: list[str | None]) -> Scored:
+    def grade(self, chosen: list[Prompt], replies: list[str | None], conversed: Conversed | None) -> Scored:
         """Grades and scores of P x G replies, in the rollout's row order; each process grades its own."""
         row_prompt = [chosen[b // self.config.group_size] for b in range(len(replies))]
-        return rows.whole(*rows.grade(self.grader, row_prompt, replies))
+        graded = {} if conversed is None else conversation.grade(self.talk.environments, row_prompt, conversed)
+        return rows.whole(*rows.grade(self.grader, row_prompt, replies, graded))
 
     def differs(self, done: Round) -> np.ndarray:
         """bool[P], groups whose valid rewards are not all equal: those that give a gradient."""

@@ -35,7 +35,7 @@ class Shared(NamedTuple):
 
     cos_sin: jax.Array  # f32 [kinds of rope, 2, *tokens.shape, D / 2], of global layers and, if it differs, of local
     masks: tuple[Mask, ...]  # of the row's own keys and, behind a prompt, of the prompt's; but for the window
-    step: jax.Array | None  # i32[], only in decoding: slot of the completion cache
+    step: jax.Array | None  # i32[] or [rows], only behind a prompt: the first slot written of the completion cache
     prefix_length_P: jax.Array | None  # i32, only in decoding
 
 

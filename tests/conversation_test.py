@@ -271,11 +271,6 @@ def test_draws_have_rollouts_semantics():
     np.testing.assert_array_equal(again_B, token_B[:9])
 
 
-def test_a_batch_of_single_replies_is_none_of_conversations(environments):
-    assert conversation.needed(environments, CHOSEN)
-    assert not conversation.needed(environments, CHOSEN[1:2])
-
-
 def summary(shape):
     with Environments([Chatter(), "eq", Quiet()]) as environments:
         before = turns.go_on._cache_size()

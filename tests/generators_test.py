@@ -28,6 +28,7 @@ def levels(name: str) -> list[int]:
     return sorted({1, 2, GENERATORS[name].levels})
 
 
+FINAL = {"calculator,show=no": "number"}  # by environment of several turns, what grades its last one
 CASES = [(name, level) for name in GENERATORS for level in levels(name)]
 
 
@@ -115,11 +116,13 @@ def test_worked_examples():
 def test_rows_are_well_formed_and_their_examples_solved(name, level):
     """Every assistant turn is what the domain's own grader gives 4; so is the row's own answer, written out."""
     environment = GENERATORS[name].environment
-    grader = GRADERS[environment]
+    grader = GRADERS[FINAL.get(environment, environment)]
     for row in sample(name, level, size=10):
         assert row.keys() == {"messages", "answer", "meta", "key"} and json.loads(json.dumps(row)) == row
         roles = [message["role"] for message in row["messages"]]
-        assert roles[-1] == "user" and (roles == ["user"] or roles[-7:] == ["user", "assistant"] * 3 + ["user"])
+        turns = ["user", "assistant"] if environment in GRADERS else ["user", "assistant", "tool", "assistant"]
+        shots = turns * 3 + ["user"]
+        assert roles[-1] == "user" and (roles == ["user"] or roles[-len(shots) :] == shots)
         reply = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"])
         if environment != "python_tests":  # starts a process a reply: the tests below
             assert grader(reply, row["answer"], row["meta"]) == 4

@@ -119,16 +119,16 @@ class Scripted:
         def take(domain_P, level_D, position):
             return [Prompt({"round": position}, (1,), d) for d in domain_P], position + 1
 
-        def grade(chosen, replies):
+        def grade(chosen, replies, conversed):
             number, passes = next(script)
             passes, score_B = np.array(passes, np.float32), np.arange(8, dtype=np.float32) + 10 * number
             return Scored(Grades(1 + 3 * passes, passes, np.ones(8, bool)), score_B[:, None])
 
         def rollout(params, chosen, step, number):
-            return ROLLOUT._replace(tokens_BT=ROLLOUT.tokens_BT + 100 * number)
+            return ROLLOUT._replace(tokens_BT=ROLLOUT.tokens_BT + 100 * number), None
 
         self.stream = types.SimpleNamespace(take=take, learn=lambda position, chosen, grades: position)
-        self.grade, self.rollout, self.read = grade, rollout, lambda rollout: [str(n) for n in range(8)]
+        self.grade, self.rollout, self.read = grade, rollout, lambda rollout, conversed: [str(n) for n in range(8)]
         return self
 
 

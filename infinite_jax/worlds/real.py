@@ -138,7 +138,7 @@ def once(cache: dict, config: Config, folder: Path, seed: int) -> None:
     loaded, params, shardings = cache[key]
     session = assemble(config, loaded, jax.device_put(params, shardings))
     run_folder.save_config(folder, config, session.data_sha256)
-    with session.grader:
+    with session:
         if code := train(session._replace(state=None), folder, session.state):
             raise SystemExit(code)  # stopped by a signal
 

@@ -95,11 +95,11 @@ def answer_logp(config, params, tokens_BT):
     return token_logp(functools.partial(policy.unembed, config, params), hidden_BTE, tokens_BT[:, 1:])[0]
 
 
-def learner(config, steps: int):
+def learner(config, steps: int, peak_rate: float = PEAK_RATE):
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, min(100, steps // 10), steps),
+            optax.warmup_cosine_decay_schedule(0.0, peak_rate, min(100, steps // 10), steps),
             b2=0.98,
             weight_decay=WEIGHT_DECAY,
         ),

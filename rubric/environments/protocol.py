@@ -7,9 +7,10 @@
 policy's. Neither method may change them, and both may be called from several threads at once.
 
 An environment may have more: `of_row(row) -> Environment`, where it depends on more of a data row than its answer;
-`tools`, the JSON schemas that the prompt shows; `interact_all(conversations)`, where many are cheaper at once than one
-by one, with one entry each, its turns or an Unavailable; `close()`. `interact` and `grade` raise Unavailable when
-something they need is down: that says nothing about the policy, so the row is invalid, not zero.
+`tools`, the JSON schemas that the prompt shows; `stops`, texts that end the policy's turn once it has written one;
+`interact_all(conversations)`, where many are cheaper at once than one by one, with one entry each, its turns or an
+Unavailable; `close()`. `interact` and `grade` raise Unavailable when something they need is down: that says nothing
+about the policy, so the row is invalid, not zero.
 
 A module is an environment, too: a .py file with functions of these names. The other form, known from RL2, has
 `reward_fn(messages, answer) -> float` from 0 to 1 in the place of `grade`; `interact` may be missing there. A file with

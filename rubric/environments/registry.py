@@ -1,6 +1,7 @@
 """Environments by name: what `environment` of a domain may be besides a grader of single replies.
 
 calculator                               the calculator, answer graded by `number`
+calculator,show=no                       the same; prompts do not list the tool, their examples show it
 python                                   Python expressions in the sandbox, answer graded by `number`
 tools                                    the tools that a row declares (`tools`), graded by `json_call`
 tools,use=calculator+python,grade=eq     built-in tools, another grader
@@ -78,8 +79,10 @@ def _take(options: dict[str, str], where: str, **defaults: str) -> list[str]:
     return [options.get(option, default) for option, default in defaults.items()]
 
 
-def _tools(use: str, grade: str, file: str, where: str) -> ToolEnvironment:
+def _tools(use: str, grade: str, file: str, show: str, where: str) -> ToolEnvironment:
     tools: list[Tool] = []
+    if show not in ("yes", "no"):
+        raise ValueError(f"{where}: show={show}; expected yes or no: whether prompts list the tools")
     for name in use.split("+") if use else ():
         if name not in BUILTIN:
             raise ValueError(f"{where}: no built-in tool is named {name!r}; use {' or '.join(BUILTIN)}")
@@ -92,22 +95,22 @@ def _tools(use: str, grade: str, file: str, where: str) -> ToolEnvironment:
         except (OSError, ValueError) as error:
             raise ValueError(f"{where}: file={file} cannot be read: {' '.join(str(error).split())}") from error
         tools += declared(schemas, f"{where}: {file}")
-    return ToolEnvironment(tools, grade, BUILTIN)
+    return ToolEnvironment(tools, grade, BUILTIN, shown=show == "yes")
 
 
 def _calculator(options: dict[str, str], where: str) -> Environment:
-    (grade,) = _take(options, where, grade="number")
-    return _tools("calculator", grade, "", where)
+    grade, show = _take(options, where, grade="number", show="yes")
+    return _tools("calculator", grade, "", show, where)
 
 
 def _python(options: dict[str, str], where: str) -> Environment:
-    (grade,) = _take(options, where, grade="number")
-    return _tools("python", grade, "", where)
+    grade, show = _take(options, where, grade="number", show="yes")
+    return _tools("python", grade, "", show, where)
 
 
 def _declared_tools(options: dict[str, str], where: str) -> Environment:
-    use, grade, file = _take(options, where, use="", grade="json_call", file="")
-    return _tools(use, grade, file, where)
+    use, grade, file, show = _take(options, where, use="", grade="json_call", file="", show="yes")
+    return _tools(use, grade, file, show, where)
 
 
 def _searchr1(options: dict[str, str], where: str) -> Environment:

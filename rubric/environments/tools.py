@@ -180,13 +180,22 @@ class ToolEnvironment:
     calls.
     """
 
-    def __init__(self, tools: Sequence[Tool], grader: str, known: Mapping[str, Tool], meta: dict | None = None):
-        """`known`: tools with a function, by name, that a row may declare; `grader`: a key of verify.GRADERS."""
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        grader: str,
+        known: Mapping[str, Tool],
+        meta: dict | None = None,
+        shown: bool = True,
+    ):
+        """`known`: tools with a function, by name, that a row may declare; `grader`: a key of verify.GRADERS; `shown`:
+        whether prompts list the tools."""
         self._tools, self._grader, self._known, self._meta = {t.name: t for t in tools}, grader, known, meta or {}
+        self._shown = shown
 
     @property
     def tools(self) -> list[dict]:
-        return [tool.schema for tool in self._tools.values()]
+        return [tool.schema for tool in self._tools.values()] if self._shown else []
 
     def of_row(self, row: Mapping) -> "ToolEnvironment":
         tools = [*self._tools.values()]
@@ -195,7 +204,7 @@ class ToolEnvironment:
             tools = [
                 tool._replace(run=self._known[tool.name].run) if tool.name in self._known else tool for tool in tools
             ]
-        return ToolEnvironment(tools, self._grader, self._known, row.get("meta"))
+        return ToolEnvironment(tools, self._grader, self._known, row.get("meta"), self._shown)
 
     def interact(self, messages: Sequence[Message]) -> list[Message]:
         found = calls(messages[-1]["content"], self._tools)
