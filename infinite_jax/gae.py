@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-LEAST_SPREAD = 1e-8  # of rewards that are not all equal
+LEAST_SPREAD = 1e-4  # variance of rewards that are not all equal: a KL in the reward alone spreads them by less
 
 
 def advantages(
@@ -54,7 +54,8 @@ def foresight(
     """Of each domain's tokens, f32[D]: sqrt(mean (G - V)^2), and the explained variance 1 - Var(G - V) / Var(G).
 
     G are the discounted rewards that came, which no value enters. 1 is a critic that knows them, 0 one that might as
-    well be constant; NaN where the domain has no token, the second also where its rewards are all equal.
+    well be constant; NaN where the domain has no token, the second also where its rewards agree to a
+    hundredth.
     """
     domain_BT = jnp.where(mask_BT, domain_B[:, None], num_domains).reshape(-1)
 

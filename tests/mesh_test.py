@@ -147,7 +147,7 @@ def compare(family: str, meshes) -> dict[str, dict]:
     return report
 
 
-SHOWN = ("reward/mean", "tokens/generated", "loss", "policy/grad_norm")
+SHOWN = ("reward/mean", "tokens/generated", "loss", "policy/grad_norm", "value/loss", "value/grad_norm")
 
 
 def train(overrides: list[str], evaluate: bool = False) -> dict:
@@ -166,13 +166,14 @@ def train(overrides: list[str], evaluate: bool = False) -> dict:
     for _ in range(3):
         compilations.since_last()
         state, outcome = session.trainer.step(state)
-        rows.append({key: outcome.metrics[key] for key in SHOWN})
+        rows.append({key: outcome.metrics[key] for key in SHOWN if key in outcome.metrics})
     late = compilations.since_last()
     pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state.train), strict=True)
     moved = [f"{jax.tree_util.keystr(path)}: {a} -> {b.sharding}" for (path, a), b in pairs if a != b.sharding]
     found = session.evaluator.run(state.train.params) if evaluate else {}
     session.grader.close()
-    memories = {x.sharding.memory_kind for x in jax.tree.leaves(state.train.opt_state) if x.ndim}
+    moments = (state.train.opt_state, state.train.critic and state.train.critic.opt_state)
+    memories = {x.sharding.memory_kind for x in jax.tree.leaves(moments) if x.ndim}
     return {
         "rows": rows,
         "grades": {name: domain.greedy_N.tolist() for name, domain in found.items()},
@@ -280,6 +281,19 @@ def test_runs_on_meshes_and_their_evaluations_are_one_devices():
     (single,) = result(child(1, [["train", RUNS["single"], True]]))
     for found in result(child(8, [["train", RUNS[roles], True] for roles in ("colocated", "disjoint")])):
         same(found, single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["head", "network"])
+def test_a_critic_on_meshes_is_one_devices(critic):
+    """Two updates a step; the critic's moments wait on the host with the actor's."""
+    ppo = ["algorithm=ppo", f"algorithm.critic={critic}", "algorithm.minibatches=1", "algorithm.epochs=2"]
+    (single,) = result(child(1, [["train", RUNS["single"] + ppo]]))
+    runs = result(child(8, [["train", RUNS[roles] + ppo] for roles in ("colocated", "disjoint")]))
+    assert single["rows"][2]["value/loss"] > 1e-3
+    for found, memory in zip(runs, ("pinned_host", "device"), strict=True):
+        same(found, single)
+        assert found["moments_in"] == [memory] and found["compiled_in_third_step"] == 0 and found["moved"] == []
 
 
 @pytest.mark.slow
