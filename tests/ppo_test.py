@@ -1,6 +1,7 @@
 """Whole runs with a critic: what they write, that resume is bit for bit, that nothing compiles after the first step.
 
-pytest -m experiment tests/ppo_test.py      about 25 minutes on two cores: docs/results/ppo.md
+pytest -m slow tests/ppo_test.py            resume and compilations
+pytest -m experiment tests/ppo_test.py      the runs of docs/results/ppo.md, minutes each
 """
 
 from pathlib import Path
@@ -84,3 +85,16 @@ def test_a_run_compiles_once_and_resumes_bit_for_bit(kind, setting, tmp_path):
     for a, b in zip(jax.tree.leaves(state_of(stopped)), jax.tree.leaves(state_of(straight)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert export.main([str(stopped), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("seed", range(3))
+def test_ppo_learns_the_tiny_domains(seed, tmp_path):
+    """28,000 generated tokens, about 40 steps: the macro average of the held-out pass rates begins at 0.395."""
+    budget = ["run.steps=1000", "run.tokens=28000", "run.eval_every=1000", "run.checkpoint_every=0", f"run.seed={seed}"]
+    simple = ["algorithm=ppo", "curriculum=uniform", "eval.canary=false", "anchors.each=0"]
+    assert train.main([*simple, *budget, f"run.dir={tmp_path / 'run'}"]) == 0
+    rows = record.read(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["eval/macro"] - rows[0]["eval/macro"] > 0.15
+    first, last = (np.mean([row["value/loss"] for row in part]) for part in (rows[1:6], rows[-5:]))
+    assert last < first
