@@ -161,7 +161,7 @@ def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params | Rol
             judged = batch.judged
             diagnostics["value/loss"] = gae.value_loss(*value_BT, judged.value_BT, judged.return_BT, config.value_clip)
         means = {name: jnp.sum(jnp.where(mean_BT > 0, mean_BT * x, 0.0)) for name, x in diagnostics.items()}
-        return total + means.get("value/loss", 0.0), means
+        return total + means["value/loss"] if value_BT else total, means
 
     value_and_grad = jax.value_and_grad(part, has_aux=True)
     inputs = (batch, weight_BT, mean_BT)
