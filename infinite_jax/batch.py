@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from configs.schema import AlgorithmConfig
 from curriculum.triage import DomainStats, statistics
-from infinite_jax import grpo
-from infinite_jax.types import Batch, Rollout
+from infinite_jax import gae, grpo
+from infinite_jax.types import Batch, Judged, Rollout
 from rubric.evaluator import Grades
 
 
@@ -18,35 +18,72 @@ def prepare(
     Rows without a valid grade have an empty mask.
 
     Args:
+      params: the policy's, or types.Roles.
       lr_scale_D: f32[D], of each domain's learning rate.
     """
-    groups = (-1, config.group_size)
     scored = (rollout.tokens_BT, rollout.loss_mask_BT)
-    logp_old_BT = score(config, logp_fn, params, *scored)
-    logp_ref_BT = logp_old_BT if config.kl_type == "none" else score(config, logp_fn, reference, *scored)
-    valid_PG = grades.valid_B.reshape(groups)
-    advantage_PG = grpo.group_advantage(grades.reward_B.reshape(groups), valid_PG, config.advantage)
+    logp_old_BT, *value_BT = score(config, logp_fn, params, *scored)
+    logp_ref_BT = logp_old_BT if config.kl_type == "none" else score(config, logp_fn, reference, *scored)[0]
     learnt_B = grades.valid_B
     if config.truncated == "mask":
         learnt_B &= rollout.done_B
-    if config.zero_variance == "drop":
-        learnt_B &= jnp.repeat(jnp.any(advantage_PG != 0, axis=1), config.group_size)
-    if config.kl_type == "reward":
-        # Its own centred term: inside the normalisation, a group whose replies are all right would have nothing but
-        # the penalty's noise to divide, and that noise would come out as large as any advantage.
-        penalty_B = grpo.kl_penalty(logp_old_BT, logp_ref_BT, rollout.loss_mask_BT, config.kl_estimator)
-        advantage_PG -= config.kl_coef * grpo.group_advantage(penalty_B.reshape(groups), valid_PG, "none")
-    mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
+    if value_BT:
+        mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
+        advantage_BT, judged = judge(config, grades.reward_B, logp_old_BT, logp_ref_BT, *value_BT, mask_BT)
+    else:
+        advantage_B1, differs_B = against_group(config, grades, logp_old_BT, logp_ref_BT, rollout.loss_mask_BT)
+        if config.zero_variance == "drop":
+            learnt_B &= differs_B
+        mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
+        advantage_BT, judged = jnp.where(mask_BT, advantage_B1, 0.0), None
     return Batch(
         tokens_BT=rollout.tokens_BT,
         loss_mask_BT=mask_BT,
         logp_beh_BT=rollout.logp_BT,
         logp_old_BT=logp_old_BT,
         logp_ref_BT=logp_ref_BT,
-        advantage_BT=jnp.where(mask_BT, advantage_PG.reshape(-1, 1), 0.0),
+        advantage_BT=advantage_BT,
         kl_coef_B=jnp.full(learnt_B.shape, config.kl_coef if config.kl_type == "loss" else 0.0, jnp.float32),
         lr_scale_B=lr_scale_D[rollout.domain_B],
+        judged=judged,
     )
+
+
+def against_group(config: AlgorithmConfig, grades: Grades, logp_BT, logp_ref_BT, mask_BT):
+    """(advantage [B, 1], the same for all tokens of a row; bool [B], whether its group's rewards differ)."""
+    groups = (-1, config.group_size)
+    valid_PG = grades.valid_B.reshape(groups)
+    advantage_PG = grpo.group_advantage(grades.reward_B.reshape(groups), valid_PG, config.advantage)
+    differs_B = jnp.repeat(jnp.any(advantage_PG != 0, axis=1), config.group_size)
+    if config.kl_type == "reward":
+        # Its own centred term: inside the normalisation, a group whose replies are all right would have nothing but
+        # the penalty's noise to divide, and that noise would come out as large as any advantage.
+        penalty_B = grpo.kl_penalty(logp_BT, logp_ref_BT, mask_BT, config.kl_estimator)
+        advantage_PG -= config.kl_coef * grpo.group_advantage(penalty_B.reshape(groups), valid_PG, "none")
+    return advantage_PG.reshape(-1, 1), differs_B
+
+
+def judge(config: AlgorithmConfig, reward_B, logp_BT, logp_ref_BT, value_BT, mask_BT) -> tuple[jax.Array, Judged]:
+    """Advantages by a critic's values, whitened, and what the critic is to learn.
+
+    The reward of a row stands on its last token. The KL in the reward is charged token by token: the penalty of a row
+    is the sum that the group's advantage takes, and the critic learns to expect it.
+    """
+    last_BT = mask_BT & (jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1] == 1)
+    reward_BT = jnp.where(last_BT, reward_B[:, None], 0.0)
+    if config.kl_type == "reward":
+        reward_BT -= config.kl_coef * grpo.kl_estimate(logp_BT, logp_ref_BT, config.kl_estimator)
+    advantage_BT, return_BT = gae.advantages(reward_BT, value_BT, mask_BT, config.gamma, config.gae_lambda)
+    outcome_BT, _ = gae.advantages(reward_BT, jnp.zeros_like(value_BT), mask_BT, config.gamma, 1.0)
+    judged = Judged(jnp.where(mask_BT, value_BT, 0.0), return_BT, outcome_BT)
+    return gae.whiten(advantage_BT, mask_BT), judged
+
+
+def value_drift(num_domains: int, made: Batch, domain_B: jax.Array) -> dict[str, jax.Array]:
+    """How well the critic foresaw each domain's rewards, f32[D] by name; NaN where the batch has no row of it."""
+    (value_BT, _, outcome_BT), mask_BT = made.judged, made.loss_mask_BT
+    error_D, explained_D = gae.foresight(value_BT, outcome_BT, mask_BT, domain_B, num_domains)
+    return {"drift/value": error_D, "drift/value_explained": explained_D}
 
 
 def tally(group: int, num_domains: int, domain_B: jax.Array, grades: Grades, cost_P: jax.Array) -> DomainStats:
@@ -56,9 +93,16 @@ def tally(group: int, num_domains: int, domain_B: jax.Array, grades: Grades, cos
     return statistics(jnp.reshape(domain_B, groups)[:, 0], grade_PG, reward_PG, valid_PG, cost_P, num_domains)
 
 
-def score(config: AlgorithmConfig, logp_fn, params, tokens_BT, mask_BT) -> jax.Array:
-    """logp_BT of the sampled tokens, float32, micro-batch by micro-batch."""
+def score(config: AlgorithmConfig, logp_fn, params, tokens_BT, mask_BT) -> list[jax.Array]:
+    """[logp_BT] of the sampled tokens, and value_BT where params are both roles', float32, a micro-batch at a time."""
     parts = grpo.microbatches((tokens_BT, mask_BT), config.microbatches, config.group_size)
-    logp = jax.lax.map(lambda part: logp_fn(params, *part)[0], parts)
-    groups = logp.reshape(config.microbatches, -1, config.group_size, tokens_BT.shape[1])
-    return jnp.swapaxes(groups, 0, 1).reshape(tokens_BT.shape)
+
+    def one(part):
+        logp_BT, _, *value_BT = logp_fn(params, *part)
+        return [logp_BT, *value_BT]
+
+    def whole(x):
+        groups = x.reshape(config.microbatches, -1, config.group_size, tokens_BT.shape[1])
+        return jnp.swapaxes(groups, 0, 1).reshape(tokens_BT.shape)
+
+    return list(map(whole, jax.lax.map(one, parts)))

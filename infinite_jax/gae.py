@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+LEAST_SPREAD = 1e-4  # variance of rewards that are not all equal: a KL in the reward alone spreads them by less
+
 
 def advantages(
     reward_BT: jax.Array, value_BT: jax.Array, mask_BT: jax.Array, discount: float, trace: float
@@ -44,6 +46,28 @@ def whiten(advantage_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     weight_BT = mask_BT / jnp.maximum(mask_BT.sum(), 1)
     centred_BT = jnp.where(mask_BT, advantage_BT - jnp.sum(weight_BT * advantage_BT), 0.0)
     return centred_BT / (jnp.sqrt(jnp.sum(weight_BT * centred_BT**2)) + 1e-6)
+
+
+def foresight(
+    value_BT: jax.Array, outcome_BT: jax.Array, mask_BT: jax.Array, domain_B: jax.Array, num_domains: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of each domain's tokens, f32[D]: sqrt(mean (G - V)^2), and the explained variance 1 - Var(G - V) / Var(G).
+
+    G are the discounted rewards that came, which no value enters. 1 is a critic that knows them, 0 one that might as
+    well be constant; NaN where the domain has no token, the second also where its rewards agree to a
+    hundredth.
+    """
+    domain_BT = jnp.where(mask_BT, domain_B[:, None], num_domains).reshape(-1)
+
+    def mean(x_BT):  # outside the mask the index is past the end, and dropped
+        total_D = jnp.zeros(num_domains).at[domain_BT].add(x_BT.reshape(-1), mode="drop")
+        return total_D / jnp.zeros(num_domains).at[domain_BT].add(1.0, mode="drop")
+
+    def variance(x_BT):
+        return mean((x_BT - jnp.take(mean(x_BT), domain_B, mode="clip")[:, None]) ** 2)
+
+    gap_BT, spread_D = outcome_BT - value_BT, variance(outcome_BT)
+    return jnp.sqrt(mean(gap_BT**2)), 1 - variance(gap_BT) / jnp.where(spread_D > LEAST_SPREAD, spread_D, jnp.nan)
 
 
 def value_loss(value_BT: jax.Array, old_BT: jax.Array, return_BT: jax.Array, clip: float) -> jax.Array:

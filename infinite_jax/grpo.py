@@ -1,4 +1,4 @@
-"""GRPO as pure functions: advantages, KL estimators, the clipped loss and the update.
+"""GRPO as pure functions: advantages, KL estimators, the clipped loss and the update; PPO's, where there is a critic.
 
     rho = exp(logp - logp_old),   L_t = -w_t min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)
     loss = sum_t weight_t (L_t + kl_coef KL_t - entropy_coef H_t)
@@ -11,11 +11,13 @@ Group-relative advantages and the clipped objective: DeepSeekMath (arXiv 2402.03
 "Approximating KL divergence" (2020). The truncated weight w = min(exp(logp_old - logp_beh), cap) corrects for a sampler
 whose numerics differ from the trainer's.
 
+With a critic (gae.py; PPO, 1707.06347) the mean value loss of the tokens is added. No parameter is in both losses, so
+neither needs a weight against the other, and each role has its own moments, clip and learning rate.
+
 Every denominator is global: `token_weights` is computed once from the whole batch, before micro-batches are cut, so a
 split batch has the gradient of the whole.
 """
 
-import functools
 from collections.abc import Callable
 
 import chex
@@ -24,7 +26,8 @@ import jax.numpy as jnp
 import optax
 
 from configs.schema import AlgorithmConfig
-from infinite_jax.types import Batch, Params, TrainState
+from infinite_jax import gae
+from infinite_jax.types import Batch, Critic, Params, Roles, TrainState, learning
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: a larger ratio is clipped anyway, and float32 stays finite
 MAX_KL_GAP = 10.0  # exp(10): k3 of a larger gap only makes the loss overflow
@@ -138,11 +141,11 @@ def microbatches(batch, num: int, group: int):
     return jax.tree.map(cut, batch)
 
 
-LogpFn = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# (params, tokens_BT, loss_mask_BT) -> (logp_BT, entropy_BT)
+LogpFn = Callable[[Params | Roles, jax.Array, jax.Array], tuple[jax.Array, ...]]
+# (params, tokens_BT, loss_mask_BT) -> (logp_BT, entropy_BT), and of Roles value_BT, too
 
 
-def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params, batch: Batch):
+def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params | Roles, batch: Batch):
     """Loss, diagnostics and gradient of the whole batch, accumulated over config.microbatches, gradient in float32."""
     chex.assert_type([batch.logp_old_BT, batch.logp_beh_BT, batch.advantage_BT], jnp.float32)
     weight_BT = token_weights(batch.loss_mask_BT, config.aggregation, config.max_new_tokens)
@@ -150,12 +153,15 @@ def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params, batc
 
     def part(params, inputs):
         batch, weight_BT, mean_BT = inputs
-        logp_BT, entropy_BT = logp_fn(params, batch.tokens_BT, batch.loss_mask_BT)
+        logp_BT, entropy_BT, *value_BT = logp_fn(params, batch.tokens_BT, batch.loss_mask_BT)
         loss_BT, diagnostics = token_loss(config, logp_BT, entropy_BT, batch)
         # where, not multiplication: a masked token may hold an infinity, and 0 x inf is NaN
         total = jnp.sum(jnp.where(weight_BT > 0, weight_BT * loss_BT, 0.0))
+        if value_BT:
+            judged = batch.judged
+            diagnostics["value/loss"] = gae.value_loss(*value_BT, judged.value_BT, judged.return_BT, config.value_clip)
         means = {name: jnp.sum(jnp.where(mean_BT > 0, mean_BT * x, 0.0)) for name, x in diagnostics.items()}
-        return total, means
+        return total + means["value/loss"] if value_BT else total, means
 
     value_and_grad = jax.value_and_grad(part, has_aux=True)
     inputs = (batch, weight_BT, mean_BT)
@@ -173,11 +179,14 @@ def loss_and_grad(config: AlgorithmConfig, logp_fn: LogpFn, params: Params, batc
     return loss, means, grads
 
 
-def learning_rate(config: AlgorithmConfig, step: jax.Array) -> jax.Array:
-    """Linear warm-up over lr_warmup_steps; then constant, or linear to 0 at lr_decay_steps. Absolute steps."""
+def learning_rate(config: AlgorithmConfig, step: jax.Array, peak: float | None = None) -> jax.Array:
+    """Linear warm-up over lr_warmup_steps; then constant, or linear to 0 at lr_decay_steps. Absolute steps.
+
+    peak: default the actor's.
+    """
     warmup = jnp.minimum(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
     decay = jnp.clip(1.0 - step / config.lr_decay_steps, 0.0, 1.0) if config.lr_decay_steps else 1.0
-    return config.learning_rate * warmup * decay
+    return (config.learning_rate if peak is None else peak) * warmup * decay
 
 
 def optimizer(config: AlgorithmConfig) -> optax.GradientTransformation:
@@ -193,23 +202,41 @@ def train_step(
     config: AlgorithmConfig, logp_fn: LogpFn, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. A non-finite loss, gradient or update, or a batch without a token to learn from, leaves parameters
-    and moments untouched and counts as skipped."""
-    loss, metrics, grads = loss_and_grad(config, logp_fn, state.params, batch)
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+    and moments untouched and counts as skipped. With a critic the actor's are, too, for the first freeze_steps."""
+    loss, metrics, grads = loss_and_grad(config, logp_fn, learning(state), batch)
+    actor, critic = (state.params, state.opt_state), state.critic
+    actor_grads, critic_grads = grads if critic else (grads, None)
     rate = learning_rate(config, state.step)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(rate * optax.tree.norm(updates))
-    usable = finite & jnp.any(batch.loss_mask_BT)
-    params = jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), state.params, updates)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(usable, new, old))
-    new = TrainState(keep(params, state.params), keep(opt_state, state.opt_state), state.step + 1)
+    moved, grad_norm, finite = descend(config, actor_grads, *actor, rate)
+    usable = finite & jnp.isfinite(loss) & jnp.any(batch.loss_mask_BT)
+    if critic:
+        critic_rate = learning_rate(config, state.step, config.critic_learning_rate)
+        taught, critic_norm, finite = descend(config, critic_grads, *critic, critic_rate)
+        usable &= finite
+        critic = Critic(*kept(usable, taught, tuple(critic)))
+        free = state.step >= config.freeze_steps
+        moved, rate = kept(free, moved, actor), jnp.where(free, rate, 0.0)
+        metrics |= {"value/grad_norm": critic_norm, "value/learning_rate": critic_rate}
     metrics |= {
         "loss": loss,
         "policy/grad_norm": grad_norm,
         "policy/learning_rate": rate,
         "policy/skipped": 1.0 - usable.astype(jnp.float32),
     }
-    return new, metrics
+    return TrainState(*kept(usable, moved, actor), state.step + 1, critic), metrics
+
+
+def descend(config: AlgorithmConfig, grads, params: Params, opt_state, rate: jax.Array):
+    """((params, opt_state) after one step of the optimizer, the gradient's norm, whether all of it is finite)."""
+    norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer(config).update(grads, opt_state, params)
+    finite = jnp.isfinite(norm) & jnp.isfinite(rate * optax.tree.norm(updates))
+    return (jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates), opt_state), norm, finite
+
+
+def kept(wanted: jax.Array, new, old):
+    """`new` where `wanted`, bool[], else `old`, leaf by leaf."""
+    return jax.tree.map(lambda x, y: jnp.where(wanted, x, y), new, old)
 
 
 def update(

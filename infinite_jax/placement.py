@@ -5,6 +5,8 @@ memory: a step fetches the moments and puts them back within its own program, an
 as long as it runs. Left out: parameters on the host; moments updated there.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from configs import limits
 from configs.schema import AlgorithmConfig, Config
-from infinite_jax import grpo
-from infinite_jax.types import Params, TrainState
+from infinite_jax import critic, grpo
+from infinite_jax.types import Critic, Params, TrainState
 from models import policy
 from models.architectures import DecoderConfig
 from sharding import auto, exchange
@@ -49,38 +51,52 @@ def abstract_train_state(
     offload: mesh.offload; decides in which memory the moments lie.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    tx, shapes = grpo.optimizer(config), policy.abstract_params(decoder)
-    memory = HOST if offload in OF_MOMENTS else None
+    tx, memory = grpo.optimizer(config), HOST if offload in OF_MOMENTS else None
 
     def placed(shape, sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    params = jax.tree.map(placed, shapes, tree_shardings(mesh, policy.logical_axes(decoder), shapes))
-    opt_state = optax.tree_map_params(
-        tx,
-        lambda shape, param: placed(shape, param.sharding.with_memory_kind(memory) if memory else param.sharding),
-        jax.eval_shape(tx.init, shapes),
-        params,
-        transform_non_params=lambda shape: placed(shape, replicated),
-    )
-    return TrainState(params, opt_state, placed(jax.ShapeDtypeStruct((), jnp.int32), replicated))
+    def learnt(shapes, axes):
+        params = jax.tree.map(placed, shapes, tree_shardings(mesh, axes, shapes))
+        opt_state = optax.tree_map_params(
+            tx,
+            lambda shape, param: placed(shape, param.sharding.with_memory_kind(memory) if memory else param.sharding),
+            jax.eval_shape(tx.init, shapes),
+            params,
+            transform_non_params=lambda shape: placed(shape, replicated),
+        )
+        return params, opt_state
+
+    step, kind, judge = placed(jax.ShapeDtypeStruct((), jnp.int32), replicated), config.critic, None
+    if kind != "none":
+        judge = Critic(*learnt(critic.abstract_params(kind, decoder), critic.logical_axes(kind, decoder)))
+    return TrainState(*learnt(policy.abstract_params(decoder), policy.logical_axes(decoder)), step, judge)
 
 
 def initial_train_state(
     config: AlgorithmConfig, decoder: DecoderConfig, params: Params, mesh: Mesh, offload: str = "none"
 ) -> TrainState:
-    """`params` with fresh optimizer moments."""
-    abstract = abstract_train_state(config, decoder, mesh, offload)
-    moments = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(grpo.optimizer(config).init, out_shardings=moments)(params)
-    return TrainState(params, opt_state, exchange.replicated(mesh, np.zeros((), np.int32)))
+    """`params` with fresh optimizer moments and, where algorithm.critic names one, a fresh critic."""
+    split = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, decoder, mesh, offload))
+    start, judge = grpo.optimizer(config).init, None
+    if config.critic != "none":
+        make = functools.partial(critic.init, config.critic, decoder)
+        judge = jax.jit(make, out_shardings=split.critic.params)(params)
+        judge = Critic(judge, jax.jit(start, out_shardings=split.critic.opt_state)(judge))
+    opt_state = jax.jit(start, out_shardings=split.opt_state)(params)
+    return TrainState(params, opt_state, exchange.replicated(mesh, np.zeros((), np.int32)), judge)
 
 
-def moments_in(memory: jax.memory.Space, offload: str, opt_state):
+def moments_in(memory: jax.memory.Space, offload: str, state: TrainState) -> TrainState:
     """Within a program: the moments in a memory of the devices that hold them, if mesh.offload has them wait."""
     if offload not in OF_MOMENTS:
-        return opt_state
-    return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
+        return state
+
+    def put(opt_state):
+        return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
+
+    judge = state.critic and state.critic._replace(opt_state=put(state.critic.opt_state))
+    return state._replace(opt_state=put(state.opt_state), critic=judge)
 
 
 def waiting(offload: str, reference: Params | None) -> Params | None:
@@ -108,8 +124,11 @@ def chosen(config: Config, decoder: DecoderConfig, num_devices: int, memory: int
     algorithm, mesh, reason = config.algorithm, config.mesh, ""
     rows = algorithm.prompts * algorithm.group_size
     if mesh.chosen:
+        trained = [policy.abstract_params(decoder)]
+        if algorithm.critic != "none":
+            trained.append(critic.abstract_params(algorithm.critic, decoder))
         need = auto.Need(
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(policy.abstract_params(decoder))),
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(trained)),
             width=decoder.embed_dim,
             layers=decoder.num_layers,
             kv_heads=decoder.num_kv_heads,

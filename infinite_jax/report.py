@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs import cli
 from infinite_jax.drawing import logged
-from infinite_jax.page import curriculum, hacking, held_out, training
+from infinite_jax.page import calibration, curriculum, hacking, held_out, training
 from infinite_jax.page import run as run_input
 from infinite_jax.page.held_out import Changes
 from infinite_jax.page.pieces import Section, duration, esc, number, signed
@@ -71,6 +71,7 @@ def page(run: Run) -> str:
         hacking.hacked(run),
         held_out.grades(run),
         held_out.retained(run),
+        calibration.calibrated(run),
         training.curves(run),
         training.cost(run),
         training.samples(run),

@@ -24,7 +24,7 @@ from infinite_jax.rollout import Sampling, sync
 from infinite_jax.rows import Round
 from infinite_jax.score import Scorer
 from infinite_jax.step_metrics import Metrics
-from infinite_jax.types import Batch, Rollout, RunState, TrainState
+from infinite_jax.types import Batch, Rollout, RunState, TrainState, learning
 from models.architectures import DecoderConfig
 from rubric.evaluator import Grades, RubricEvaluator, Scored
 from sharding import exchange
@@ -111,7 +111,7 @@ class InfiniteGRPOTrainer:
             del policy  # a copy, where the meshes differ
             lr_scale_D = self._lr_scale(state.curriculum)
             reference = fetched(self.reference)
-            scored = (state.train.params, reference, sampled.rollout, sampled.grades, lr_scale_D)
+            scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D)
             key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM)
             made = _prepare(self.config, self.scorer, *scored)
             del reference, scored  # a copy, where it waits on the host
@@ -124,6 +124,8 @@ class InfiniteGRPOTrainer:
             stats = [self.statistics(done, seconds, len(rounds)) for done in rounds]
             curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
             triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
+            if made.judged is not None:
+                triage |= jax.device_get(_value_drift(len(self.names), made, sampled.rollout.domain_B))
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
         about = (self.names, self.grader.rubrics, self.talks_D)
         metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
@@ -243,6 +245,7 @@ class InfiniteGRPOTrainer:
 # Of the module, not of a trainer: a second run in this process with the same static settings compiles nothing.
 _prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
 _tally = jax.jit(batch.tally, static_argnums=(0, 1))
+_value_drift = jax.jit(batch.value_drift, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
@@ -250,13 +253,13 @@ def _train_step(
     config: AlgorithmConfig, scorer: Scorer, state: TrainState, made: Batch, key: jax.Array, offload: str = "none"
 ) -> tuple[TrainState, dict]:
     """The updates of a batch; the state keeps its split: another of the compiler's choice would be compiled for."""
-    state = state._replace(opt_state=moments_in(jax.memory.Space.Device, offload, state.opt_state))
+    state = moments_in(jax.memory.Space.Device, offload, state)
     state, metrics = grpo.update(config, scorer, state, made, key)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, scorer.decoder, mesh))
         state = jax.lax.with_sharding_constraint(state, shardings)
-    return state._replace(opt_state=moments_in(jax.memory.Space.Host, offload, state.opt_state)), metrics
+    return moments_in(jax.memory.Space.Host, offload, state), metrics
 
 
 @jax.jit

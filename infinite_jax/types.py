@@ -32,6 +32,14 @@ class Rollout(NamedTuple):
     done_B: jax.Array  # bool, the policy ended its turn within the token limit
 
 
+class Judged(NamedTuple):
+    """What a critic makes of a batch, f32, 0 outside the mask."""
+
+    value_BT: jax.Array  # V(s_t) before token t is written, under the parameters that the updates begin from
+    return_BT: jax.Array  # what the critic is to learn: the advantage before it is whitened, plus that value
+    outcome_BT: jax.Array  # the discounted sum of the rewards that came; read by drift/value alone
+
+
 class Batch(NamedTuple):
     """All that the gradient step may see."""
 
@@ -43,12 +51,31 @@ class Batch(NamedTuple):
     advantage_BT: jax.Array  # f32
     kl_coef_B: jax.Array  # f32, weight of the KL term in the loss
     lr_scale_B: jax.Array  # f32, multiplies the advantage
+    judged: Judged | None = None  # only with a critic
+
+
+class Critic(NamedTuple):
+    params: Params  # infinite_jax/critic.py
+    opt_state: Any
 
 
 class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     step: jax.Array  # i32[], updates applied or skipped so far
+    critic: Critic | None = None  # only where algorithm.critic names one
+
+
+class Roles(NamedTuple):
+    """Parameters of the two that learn; the rollout has the actor's."""
+
+    actor: Params
+    critic: Params
+
+
+def learning(state: TrainState) -> Params | Roles:
+    """The parameters that an update differentiates: the policy's, or both roles'."""
+    return state.params if state.critic is None else Roles(state.params, state.critic.params)
 
 
 class RunState(NamedTuple):

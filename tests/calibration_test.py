@@ -1,8 +1,15 @@
 """The calibration table and the matrix of domains and rubrics, by hand."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from infinite_jax import calibrate
+from infinite_jax.heldout import DomainResult
+from infinite_jax.page import calibration as page
+from infinite_jax.page.run import CALIBRATION, Domain, Run, read
 from rubric.calibration import Sample, Spread, cross, table, uncalibrated
 from rubric.evaluator import Grades, RubricConfig, RubricEvaluator
 from rubric.schema import load
@@ -36,3 +43,33 @@ def test_every_domains_replies_under_every_rubric():
     np.testing.assert_allclose(matrix.pass_DD, [[0.5, 0.5, np.nan], [0.5, 0.5, np.nan], [0, 0, 1]])
     assert matrix.asked_D.tolist() == [2, 2, 1]
     assert uncalibrated(matrix, 0, 0.1) == [] and uncalibrated(matrix, 2, 0.1) == [("facts", -1.0), ("words", -1.0)]
+
+
+def held_out(grades, rows, replies):
+    return DomainResult(np.array(grades, np.float32), None, None, rows, replies)
+
+
+def test_what_calibrate_writes_and_the_report_shows(tmp_path):
+    """A number in a sentence passes under `number`, not under `eq`; a row without a number has no grade there."""
+    results = {
+        "exact": held_out([4, 1], ({"answer": "a"}, {"answer": "b"}), ("a", "x")),
+        "sums<b>": held_out([3, 3, np.nan], ({"answer": "3"},) * 3, ("it is 3", "so 3", "3")),
+    }
+    with RubricEvaluator(["eq", "number"], RubricConfig("graded", 0, 1.0), [None, None]) as grader:
+        found = calibrate.measure(SimpleNamespace(names=list(results), grader=grader), results)
+    assert found["asked"] == [2, 3] and found["graded"] == [[2, 0], [3, 3]]
+    assert found["passed"] == [[0.5, None], [pytest.approx(1 / 3), 1.0]]
+    assert found["table"]["exact"]["share_4"] == 0.5 and found["table"]["sums<b>"]["invalid"] == 1
+    assert page.unlike(found) == ["sums<b>'s replies pass 0.67 less often under exact's rubric"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / CALIBRATION).write_text(json.dumps({"step": 0} | found, allow_nan=False))
+    body = page.calibrated(read(tmp_path)).body
+    assert "--part:33%" in body and "sums&lt;b&gt;" in body and "sums<b>" not in body and "none of 2 graded" in body
+    (tmp_path / CALIBRATION).write_text("{")
+    with pytest.raises(ValueError, match="make it again, or remove it"):
+        read(tmp_path)
+
+
+def test_a_run_without_calibration_says_how_to_get_it(tmp_path):
+    body = page.calibrated(Run(tmp_path, {}, [{"step": 0}], [Domain("a")], {}, [], [])).body
+    assert f"python -m infinite_jax.calibrate {tmp_path}" in body

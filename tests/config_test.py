@@ -47,6 +47,16 @@ def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_p
         (["curriculum=faithfull"], ["curriculum=faithfull", "did you mean faithful"]),
         (["algorithm.group_size=many"], ["algorithm.group_size='many'", "whole number"]),
         (["algorithm.group_size=1"], ["algorithm.group_size=1", "at least 2"]),
+        (["algorithm.advantage=gae"], ["algorithm.advantage=gae", "set algorithm.critic=head or network"]),
+        (["algorithm.critic=head"], ["algorithm.critic=head", "never asks it", "set algorithm.advantage=gae"]),
+        (["algorithm=ppo", "algorithm.critic=tree"], ["algorithm.critic='tree'", "network"]),
+        (["algorithm=ppo", "algorithm.zero_variance=drop"], ["zero_variance=drop", "set algorithm.zero_variance=keep"]),
+        (["algorithm=ppo", "algorithm.gae_lambda=1.5"], ["algorithm.gae_lambda=1.5", "at most 1"]),
+        (["algorithm=ppo", "algorithm.freeze_steps=-1"], ["algorithm.freeze_steps=-1", "at least 0"]),
+        (
+            ["algorithm=ppo", "algorithm.group_size=1", "curriculum=recommended"],
+            ["curriculum.guard=true", "algorithm.group_size=1", "another curriculum"],
+        ),
         (["algorithm.kl_estimator=k4"], ["algorithm.kl_estimator='k4'", "k3_is"]),
         (["algorithm.prompt_buckets=[64,32]"], ["algorithm.prompt_buckets=[64, 32]", "ascending"]),
         (["algorithm.temperature=0"], ["algorithm.temperature=0", "above 0"]),
@@ -65,6 +75,10 @@ def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_p
 def test_bad_values_name_key_value_and_remedy(overrides, words):
     message = refusal(*overrides)
     assert all(word in message for word in words), message
+
+
+def test_a_critic_needs_no_second_sample_of_a_prompt():
+    limits.validate(compose_config("config", None, ["algorithm=ppo", "algorithm.group_size=1"]), 1)
 
 
 def test_a_batch_that_the_mesh_does_not_divide():

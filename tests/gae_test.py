@@ -51,3 +51,16 @@ def test_the_clipped_value_loss_takes_the_worse_of_the_two():
     np.testing.assert_allclose(gae.value_loss(value, old, target, 0.0), [0.125, 1.125], rtol=1e-6)
     slope = jax.grad(lambda v: gae.value_loss(v, old, target, 0.2).sum())(value)
     np.testing.assert_allclose(slope, [0, -1.5], rtol=1e-6)  # beyond the clip nothing pulls further
+
+
+def test_error_and_explained_variance_of_each_domain_by_hand():
+    """Domain 0: outcomes 0, 1, 0, 1, values 0, 1, 0, 0: gaps 0 0 0 1, error 1/2, variances 3/16 of 1/4: 1/4 explained.
+
+    Domain 1: always off by 2, so all is explained; domain 2: rewards without a spread; domain 3: no row.
+    """
+    outcome = jnp.array([[0.0, 1.0, 9.0], [0.0, 1.0, 9.0], [1.0, 3.0, 9.0], [5.0, 5.0, 9.0]])
+    value = jnp.array([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [5.0, 4.0, 0.0]])
+    mask = jnp.array([[True, True, False]] * 4)
+    error, explained = jax.jit(gae.foresight, static_argnums=4)(value, outcome, mask, jnp.array([0, 0, 1, 2]), 4)
+    np.testing.assert_allclose(error, [0.5, 2.0, np.sqrt(0.5), np.nan], rtol=1e-6)
+    np.testing.assert_allclose(explained, [0.25, 1.0, np.nan, np.nan], rtol=1e-6)

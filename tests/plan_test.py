@@ -22,6 +22,7 @@ from infinite_jax import plan
 from infinite_jax.placement import abstract_train_state
 from infinite_jax.planning import chips, collectives, counts, fit, hlo, memory, programs, roofline, table
 from infinite_jax.planning.chips import CHIPS, GIB, Chip
+from infinite_jax.types import learning
 from models import shapes, source
 from sharding.mesh import AXES
 
@@ -331,10 +332,13 @@ def test_state_on_a_device_by_hand():
     assert memory.resident(setting("mesh.fsdp=4", "algorithm.kl_type=none"), decoder, mesh_of(fsdp=4)).reference == 0
 
 
-@pytest.mark.parametrize("offload", ["none", "optimizer", "both"])
-def test_state_is_that_of_training(offload):
+@pytest.mark.parametrize(
+    "offload, critic", [("none", "none"), ("optimizer", "none"), ("both", "head"), ("both", "network")]
+)
+def test_state_is_that_of_training(offload, critic):
     """Two kv heads on tensor 4 stay whole; so do norms and biases."""
-    config = setting("mesh.fsdp=2", "mesh.tensor=4", f"mesh.offload={offload}")
+    judged = [] if critic == "none" else ["algorithm.advantage=gae", f"algorithm.critic={critic}"]
+    config = setting("mesh.fsdp=2", "mesh.tensor=4", f"mesh.offload={offload}", *judged)
     decoder, mesh = dataclasses.replace(source.network(config.model), dtype="bfloat16"), mesh_of(fsdp=2, tensor=4)
     state = abstract_train_state(config.algorithm, decoder, mesh, offload)
 
@@ -343,9 +347,10 @@ def test_state_is_that_of_training(offload):
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     found = memory.resident(config, decoder, mesh)
-    assert (found.parameters, found.optimizer) == (held(state.params, False), held(state.opt_state, False))
+    both = learning(state), (state.opt_state, state.critic and state.critic.opt_state)
+    assert (found.parameters, found.optimizer) == tuple(held(tree, False) for tree in both)
     copied = memory.cast_weights(decoder, mesh)
-    assert found.host == held(state.opt_state, True) + copied * (offload == "both")
+    assert found.host == held(both[1], True) + copied * (offload == "both")
     assert found.reference == copied * (offload != "both")
 
 

@@ -4,12 +4,15 @@ A run may be in progress, cut off, or of an earlier version: only rows in metric
 read as plain data, not against the schema, so that a run written before a key was added still has its report.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from infinite_jax import heldout, record
+
+CALIBRATION = "calibration.json"
 
 
 class Domain(NamedTuple):
@@ -29,6 +32,7 @@ class Run(NamedTuple):
     evaluations: dict[int, heldout.Results]  # by step, ascending
     transcripts: list[dict]
     events: list[dict]  # of events.jsonl
+    calibration: dict | None = None  # what infinite_jax.calibrate wrote
 
     @property
     def names(self) -> list[str]:
@@ -78,11 +82,21 @@ def read(folder: Path) -> Run:
         _domains(config, rows),
         _evaluations(folder / "evaluations", last),
         *([row for row in _rows(folder / name) if row["step"] <= last] for name in (record.TRANSCRIPTS, record.EVENTS)),
+        _calibration(folder / CALIBRATION),
     )
 
 
 def _rows(path: Path) -> list[dict]:
     return [row for row in record.read(path) if isinstance(row, dict) and "step" in row]
+
+
+def _calibration(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not the file that calibrate writes: make it again, or remove it") from error
 
 
 def _config(path: Path) -> dict:

@@ -36,6 +36,8 @@ CURVES = {
     "policy/clip_fraction": ("Clipped", "part of the tokens"),
     "rollout/logp_gap": ("Sampler against trainer", "nats a token"),
     "policy/learning_rate": ("Learning rate", ""),
+    "value/loss": ("Value loss", "of the critic, mean of the tokens"),
+    "value/grad_norm": ("Critic's gradient norm", "before clipping"),
     "canary/nll": ("Canary text", "nats a token"),
     "canary/kl": ("Canary KL to the start", "nats a token"),
 }

@@ -20,12 +20,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs.schema import Config
+from infinite_jax import critic
 from infinite_jax.placement import OF_MOMENTS, OF_REFERENCE
 from infinite_jax.planning.roofline import head_weights, layer_weights
 from models import policy
 from models.architectures import DecoderConfig
 from sharding.mesh import AXES
-from sharding.rules import sharding
+from sharding.rules import sharding, tree_shardings
 
 COUNTER = 4  # bytes of AdamW's count of steps
 
@@ -55,12 +56,22 @@ def abstract_rollout_mesh(config: Config) -> AbstractMesh:
 
 
 def resident(config: Config, decoder: DecoderConfig, mesh: Mesh | AbstractMesh) -> Resident:
-    """What placement.abstract_train_state and the frozen reference take: AdamW's moments are two more parameters."""
+    """What placement.abstract_train_state and the frozen reference take: AdamW's moments are two more parameters.
+
+    A critic's parameters and moments count among them.
+    """
+    kind = config.algorithm.critic
     parameters = sum(elements * 4 for elements, _ in _shards(decoder, mesh))
+    if kind != "none":
+        shapes, axes = critic.abstract_params(kind, decoder), critic.logical_axes(kind, decoder)
+        splits = tree_shardings(mesh, axes, shapes)
+        sizes = jax.tree.map(lambda leaf, split: 4 * math.prod(split.shard_shape(leaf.shape)), shapes, splits)
+        parameters += sum(jax.tree.leaves(sizes))
     reference = 0 if config.algorithm.kl_type == "none" else cast_weights(decoder, mesh)
     moments, waits = 2 * parameters, config.mesh.offload
     host = moments * (waits in OF_MOMENTS) + reference * (waits in OF_REFERENCE)
-    own = moments * (waits not in OF_MOMENTS) + COUNTER, reference * (waits not in OF_REFERENCE)
+    counters = COUNTER * (1 + (kind != "none"))
+    own = moments * (waits not in OF_MOMENTS) + counters, reference * (waits not in OF_REFERENCE)
     return Resident(parameters, *own, host)
 
 

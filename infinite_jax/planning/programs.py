@@ -21,7 +21,7 @@ from infinite_jax.planning.counts import Counts
 from infinite_jax.rollout import Sampling, generate
 from infinite_jax.score import Scorer
 from infinite_jax.trainer import _train_step
-from infinite_jax.types import Batch, Rollout, TrainState
+from infinite_jax.types import Batch, Rollout, TrainState, learning
 from models import policy
 from models.architectures import DecoderConfig
 from rubric.evaluator import Grades
@@ -73,7 +73,7 @@ def abstract_batch(config: AlgorithmConfig, scorer: Scorer, state: TrainState, m
     grades = Grades(one(jnp.float32), one(jnp.float32), one(jnp.bool_))
     domains = jax.ShapeDtypeStruct((1,), jnp.float32)
     prepare = functools.partial(batch.prepare, config, scorer)
-    made = jax.eval_shape(prepare, state.params, state.params, rollout, grades, domains)
+    made = jax.eval_shape(prepare, learning(state), state.params, rollout, grades, domains)
     return jax.tree.map(lambda leaf: _rows(mesh, leaf.shape, leaf.dtype), made)
 
 

@@ -186,6 +186,10 @@ def learn(program: Program, data: Data, world: World, start: Params, seed: jax.A
 def compose(settings: Settings, arm: Arm, regime: str) -> Program:
     """What an arm is in a world. Raises ValueError, one line, on what the world cannot do."""
     curriculum = arm.config.curriculum
+    if arm.config.algorithm.critic != "none":
+        raise ValueError(
+            f"arms: {arm.name}: world=compiled has no critic; set algorithm.critic=none and another algorithm.advantage"
+        )
     if curriculum.capacity == "seconds":
         raise ValueError(
             f"arms: {arm.name}: world=compiled measures no seconds; set capacity=prompts or capacity=tokens"
