@@ -3,7 +3,7 @@
 import math
 
 from configs.schema import Config, flat, get
-from curriculum import domains
+from curriculum import contamination, domains
 from curriculum.sampler import MAX_PROMPTS
 from rubric import anchor_keeper, evaluator, schema
 from sharding import auto
@@ -23,6 +23,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "tpu", "cudnn", "mgpu"),
     "mesh.offload": OFFLOAD,
+    "contamination.policy": contamination.POLICIES,
 }
 
 AT_LEAST = {
@@ -52,6 +53,12 @@ AT_LEAST = {
     "algorithm.weight_decay": 0,
     "algorithm.adam_b1": 0,
     "algorithm.adam_b2": 0,
+    "contamination.tolerance": 0,
+    "contamination.sample": 0,
+    "contamination.ngram": 1,
+    "contamination.slots": 0,
+    "contamination.batch": 1,
+    "contamination.memorised": 0,
     "eval.batch": 1,
     "eval.prompts": 0,
     "eval.samples": 1,
@@ -64,9 +71,20 @@ AT_MOST = {
     "algorithm.clip_low": 1,
     "algorithm.adam_b1": 1 - 1e-6,
     "algorithm.adam_b2": 1 - 1e-9,
+    "contamination.tolerance": 1,
+    "contamination.jaccard": 1,
+    "contamination.threshold": 1,
+    "contamination.slots": 1,
 }
 
-ABOVE_ZERO = ("algorithm.temperature", "algorithm.top_p", "algorithm.max_grad_norm", "algorithm.adam_eps")
+ABOVE_ZERO = (
+    "algorithm.temperature",
+    "algorithm.top_p",
+    "algorithm.max_grad_norm",
+    "algorithm.adam_eps",
+    "contamination.jaccard",
+    "contamination.threshold",
+)
 
 
 def validate(config: Config, num_devices: int) -> None:
@@ -117,6 +135,7 @@ def validate(config: Config, num_devices: int) -> None:
         auto.possible(config.mesh, num_devices, rows // parts)
     else:
         rollout_rows(config.mesh, rows, num_devices)
+    contamination.check(config.contamination)
     domains.check(config.domains)
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
     evaluator.check([domain.environment for domain in config.domains], config.rubric, rubrics)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from configs import limits
 from configs.schema import Config
 from curriculum import domains, policies
+from curriculum.domains import Domain
 from curriculum.triage import NEVER, Roster, roster
 from infinite_jax import placement, prompts
 from infinite_jax.canary import Canary
@@ -43,7 +44,7 @@ class Session(NamedTuple):
     canary: Canary | None
     trainer: InfiniteGRPOTrainer
     state: RunState  # of step 0
-    data_sha256: dict[str, str]  # of every row read, by domain
+    data_sha256: dict[str, str]  # of every row used, by domain
 
 
 def set_up_runtime(config: Config) -> None:
@@ -67,9 +68,10 @@ class Loaded(NamedTuple):
     test: list[list[Prompt]]
 
 
-def open_session(config: Config) -> Session:
+def open_session(config: Config, rows: list[Domain] | None = None) -> Session:
     """Reads model and data and builds the parts. Raises ValueError, one line, on anything the user must mend.
 
+    rows: of the domains, as the contamination gate leaves them (gate.py); None = all that the sources have.
     The caller closes `grader`.
     """
     limits.validate(config, jax.device_count())
@@ -78,15 +80,17 @@ def open_session(config: Config) -> Session:
             f"mesh.rollout_devices={config.mesh.rollout_devices}: a rollout on devices of its own needs one process, "
             "since arrays do not move between several: set it to 0"
         )
-    return assemble(config, *load(config))
+    return assemble(config, *load(config, rows))
 
 
-def load(config: Config) -> tuple[Loaded, Params]:
+def load(config: Config, rows: list[Domain] | None = None) -> tuple[Loaded, Params]:
     """The files, and the model's parameters on the mesh."""
     sizes = sized(config, source.network(config.model))
     mesh = make_mesh(sizes)
     text = source.load_tokenizer(config.model)
-    train, test = _read_domains(config, text)
+    if rows is None:
+        rows = domains.load(config.domains, adaptive=config.curriculum.difficulty == "adaptive")
+    train, test = _tokenised(config, text, rows)
     decoder, params = source.load(config.model, mesh)
     stop_ids, pad_id = _markup(config, text, decoder, [*_all(train), *test])
     return Loaded(mesh, make_rollout_mesh(sizes, mesh), decoder, text, stop_ids, pad_id, train, test), params
@@ -165,11 +169,11 @@ def members(config: Config, size_D: np.ndarray) -> Roster:
     )
 
 
-def _read_domains(config: Config, text) -> tuple[list[dict[int, list]], list[list]]:
+def _tokenised(config: Config, text, found: list[Domain]) -> tuple[list[dict[int, list]], list[list]]:
     """For each domain its training prompts by level and its test prompts."""
     limit, template = config.algorithm.prompt_buckets[-1], config.model.apply_chat_template
     train, test = [], []
-    for index, domain in enumerate(domains.load(config.domains, adaptive=config.curriculum.difficulty == "adaptive")):
+    for index, domain in enumerate(found):
 
         def tokenised(rows, index=index, name=domain.name):
             return prompts.tokenise(text, rows, index, name, limit, template)
