@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from curriculum import matching, semantic, slots, wording
 from curriculum.near import Near
-from curriculum.slots import Templates
+from curriculum.slots import Slots, Templates
 from curriculum.wording import Wording
 
 STAGES = ("exact", "key", "near", "semantic")
@@ -201,7 +201,7 @@ class _BagSlots:
         for number, domain in enumerate(domains):
             self._by_domain[domain].append(number)
 
-    def __getitem__(self, number: int) -> frozenset[str] | None:
+    def __getitem__(self, number: int) -> Slots | None:
         domain = self._domains[number]
         if domain not in self._templates:
             rows = self._by_domain[domain]

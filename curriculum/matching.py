@@ -14,7 +14,7 @@ import numpy as np
 
 from curriculum import semantic, slots
 from curriculum.semantic import Close
-from curriculum.slots import Templates
+from curriculum.slots import Slots, Templates
 from curriculum.wording import FRAME, OPERATORS, Wording, read, stem
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Rule:
                 self._slots_E[e] = found
         self._sums_E, self._wordy_E = _sums(words_E)
         self._forms_E = _bits([frozenset(text.tokens) for text in words_E])
-        self._slot_bits_E = _bits([_sieved(found) for found in self._slots_E])
+        self._slot_bits_E = _bits([_sieved(found and found.seen) for found in self._slots_E])
 
     def keep(self, block, vectors_BX: np.ndarray, close: Close) -> Iterator[tuple[int, int, float]]:
         """The closest pair of each training text of the block that the slot rule keeps."""
@@ -88,7 +88,9 @@ class Rule:
         rows = np.unique(kept.train_P)
         slots_B = self._slots(block, words_B, vectors_BX, rows)
         t, e, _ = kept
-        absent_P = _missing(_bits([_sieved(slots_B.get(b)) for b in range(len(block))])[t], self._forms_E[e])
+        absent_P = _missing(
+            _bits([_sieved((found := slots_B.get(b)) and found.all) for b in range(len(block))])[t], self._forms_E[e]
+        )
         absent_P = np.maximum(
             absent_P, _missing(self._slot_bits_E[e], _bits([frozenset(w.tokens) for w in words_B])[t])
         )
@@ -100,7 +102,7 @@ class Rule:
                 done = t
                 yield t, e, cosine
 
-    def _slots(self, block, words_B, vectors_BX, rows: np.ndarray) -> dict[int, frozenset[str] | None]:
+    def _slots(self, block, words_B, vectors_BX, rows: np.ndarray) -> dict[int, Slots | None]:
         found = {}
         for domain, places in _by_domain([block[b] for b in rows]).items():
             chosen = rows[places]
@@ -108,7 +110,7 @@ class Rule:
             found |= dict(zip(chosen.tolist(), made))
         return found
 
-    def _same(self, text: Wording, slots_T: frozenset[str] | None, e: int, cosine: float) -> bool:
+    def _same(self, text: Wording, slots_T: Slots | None, e: int, cosine: float) -> bool:
         slots_E = self._slots_E[e]
         templated = slots_T is not None or slots_E is not None
         least = self._config.slots if templated else self._config.threshold
@@ -130,9 +132,7 @@ def _sums(texts: Sequence[Wording]) -> tuple[np.ndarray, np.ndarray]:
 
 def _sieved(found: frozenset[str] | None) -> frozenset[str]:
     """Slots that the rule looks for as words in the other text."""
-    if not found:
-        return frozenset()
-    return frozenset(token for token in found - FRAME - OPERATORS if not token[0].isdecimal())
+    return frozenset(token for token in (found or frozenset()) - FRAME - OPERATORS if not token[0].isdecimal())
 
 
 def _bits(sets: Sequence[frozenset[str]]) -> np.ndarray:

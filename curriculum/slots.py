@@ -7,8 +7,9 @@ A domain's prompts are often one sentence with places to fill, and an embedding 
     the slots of each, as its own template shows them, stand in the other,
     and, where both are worded alike, what differs is no slot, number, operator or negation, and their order is one.
 
-A prompt's template is read off its mates, the prompts of a sample of its domain that are as close to it as MATE: a
-token of SHARE of them or more is skeleton, the others are slots. With fewer than MATES of them there is no template.
+A prompt's template is read off its mates, prompts of a sample of its domain that are close to it and share most of
+what is frequent among those that are: a token of SHARE of the mates or more is skeleton, the others are slots. With
+fewer than MATES of them, or where the prompt lacks the skeleton itself, there is no template.
 Similarity is the embeddings' cosine, or that of token sets where there are none (`bags`).
 """
 
@@ -16,14 +17,18 @@ import difflib
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from curriculum.wording import FRAME, NEGATIONS, OPERATORS, Wording, misspelt, same_numbers, stem
+from curriculum.wording import CONNECTIVES, FRAME, NEGATIONS, OPERATORS, POLITE, Wording, misspelt, same_numbers, stem
 
 SAMPLE = 512  # prompts of a domain that templates are read off
 MATES = 5  # at least, for a template
 SHARE = 0.8  # of the mates that a token of the skeleton stands in
+MOST_MATES = 64  # looked at
+FREQUENT = 0.2  # share of the mates from which a token tells wordings apart
+WORDED = 0.6  # Jaccard index of two prompts' frequent tokens from which they are worded by one template
 ALIKE = 0.75  # share of equal tokens from which two prompts are worded alike
 BAG = 1024  # hashed dimensions of a token set
 
@@ -41,6 +46,14 @@ def sample(number: int, most: int = SAMPLE) -> np.ndarray:
     return np.sort(np.random.default_rng(number).permutation(number)[:most])
 
 
+class Slots(NamedTuple):
+    """What a prompt's template leaves open."""
+
+    all: frozenset[str]  # tokens outside the skeleton
+    seen: frozenset[str]  # of these, those that other prompts of the domain have too: values of slots, no new wording
+    skeleton: frozenset[str]
+
+
 class Templates:
     """The templates of one domain's prompts, from a sample of them.
 
@@ -52,48 +65,53 @@ class Templates:
         self._texts, self._vectors_SE, self._mate = texts, vectors_SE, mate
         seen = Counter(token for text in texts for token in set(text.tokens))
         self._column = {token: i for i, token in enumerate(token for token, often in seen.items() if often > 1)}
-        self._has_SV = np.zeros((len(texts), len(self._column)), np.float32)
-        for row, text in zip(self._has_SV, texts):
-            row[[self._column[token] for token in set(text.tokens) if token in self._column]] = 1
+        self._has_SV = np.stack([self._row(text) for text in texts]) if texts else np.zeros((0, 0), bool)
 
-    def slots(self, texts: Sequence[Wording], vectors_BE: np.ndarray) -> list[frozenset[str] | None]:
-        """Of each prompt the tokens outside its template's skeleton; None where it has no template."""
+    def slots(self, texts: Sequence[Wording], vectors_BE: np.ndarray) -> list[Slots | None]:
+        """Of each prompt; None where it has no template."""
         if not self._texts or not len(texts):
             return [None] * len(texts)
         close_BS = vectors_BE @ self._vectors_SE.T >= self._mate
-        for line, text in zip(close_BS, texts):  # its own copies say nothing of what varies
-            for s in np.flatnonzero(line):
-                if self._texts[s].text == text.text:
-                    line[s] = False
-        mates_B = close_BS.sum(1)
-        share_BV = (close_BS.astype(np.float32) @ self._has_SV) / np.maximum(mates_B, 1)[:, None]
-        return [
-            None
-            if mates < MATES
-            else frozenset(token for token in set(text.tokens) if self._share(share, token) < SHARE)
-            for text, mates, share in zip(texts, mates_B, share_BV)
-        ]
+        return [self._of(text, np.flatnonzero(close_S)) for text, close_S in zip(texts, close_BS)]
 
-    def _share(self, share_V: np.ndarray, token: str) -> float:
-        column = self._column.get(token)
-        return 0.0 if column is None else float(share_V[column])
+    def _of(self, text: Wording, close: np.ndarray) -> Slots | None:
+        close = [s for s in close if self._texts[s].text != text.text][:MOST_MATES]  # copies say nothing of what varies
+        if len(close) < MATES:
+            return None
+        own_V, has_MV = self._row(text), self._has_SV[close]
+        frequent_V = has_MV.mean(0) >= FREQUENT
+        both = (has_MV & own_V)[:, frequent_V].sum(1)
+        either = (has_MV | own_V)[:, frequent_V].sum(1)
+        mates_MV = has_MV[both >= WORDED * either]
+        if len(mates_MV) < MATES:
+            return None
+        skeleton_V = mates_MV.mean(0) >= SHARE
+        if not skeleton_V.any() or own_V[skeleton_V].mean() < SHARE:
+            return None
+        tokens = set(text.tokens)
+        out = frozenset(t for t in tokens if t not in self._column or not skeleton_V[self._column[t]])
+        skeleton = frozenset(token for token, column in self._column.items() if skeleton_V[column])
+        return Slots(out, out & self._column.keys(), skeleton)
+
+    def _row(self, text: Wording) -> np.ndarray:
+        row = np.zeros(len(self._column), bool)
+        row[[self._column[token] for token in set(text.tokens) if token in self._column]] = True
+        return row
 
 
-def stand_in(slots: frozenset[str], other: Wording, frame: frozenset[str] = FRAME) -> bool:
+def stand_in(slots: frozenset[str], other: Wording) -> bool:
     """Whether every slot but those of any question's frame stands in the other prompt, in some form of the word."""
-    missing = slots - frame - set(other.tokens)
-    missing = {token for token in missing if not token[0].isdecimal()}  # numbers are compared for themselves
-    if not missing:
-        return True
-    stems = {stem(token) for token in other.tokens}
-    return all(
-        stem(token) in stems or token in OPERATORS or any(misspelt(token, other_token) for other_token in other.tokens)
-        for token in missing
-    )
+    missing = {token for token in slots - FRAME - OPERATORS - set(other.tokens) if not token[0].isdecimal()}
+    stems = {stem(token) for token in other.tokens} if missing else set()
+    return all(stem(token) in stems or any(misspelt(token, there) for there in other.tokens) for token in missing)
 
 
-def same_instance(a: Wording, b: Wording, slots_a: frozenset[str] | None, slots_b: frozenset[str] | None) -> bool:
-    """Whether two close prompts ask the same, by their numbers, slots and, where worded alike, what differs."""
+def same_instance(a: Wording, b: Wording, slots_a: Slots | None, slots_b: Slots | None) -> bool:
+    """Whether two close prompts ask the same, by their numbers, slots and, where worded alike, what differs.
+
+    Of a prompt whose partner follows a template only known values are asked for: what is new in it may be wording,
+    and where it is another value, the partner's own is missing.
+    """
     if not same_numbers(a, b):
         return False
     if bool(NEGATIONS & set(a.tokens)) != bool(NEGATIONS & set(b.tokens)):
@@ -101,10 +119,16 @@ def same_instance(a: Wording, b: Wording, slots_a: frozenset[str] | None, slots_
     signs = [Counter(token for token in text.tokens if token in OPERATORS) for text in (a, b)]
     if all(signs) and signs[0] != signs[1]:
         return False
-    if (slots_a is not None and not stand_in(slots_a, b)) or (slots_b is not None and not stand_in(slots_b, a)):
+    if slots_a is not None and not stand_in(slots_a.all, b):
         return False
-    known = (slots_a or frozenset()) | (slots_b or frozenset())
-    return not alike(a, b) or harmless(a, b, known)
+    if slots_b is not None and not stand_in(slots_b.all if slots_a is None else slots_b.seen, a):
+        return False
+    known = (slots_a.all if slots_a else frozenset()) | (slots_b.seen - FRAME if slots_b else frozenset())
+    return not (alike(a, b) or _one_template(slots_a, slots_b)) or harmless(a, b, known)
+
+
+def _one_template(a: Slots | None, b: Slots | None) -> bool:
+    return a is not None and b is not None and len(a.skeleton & b.skeleton) >= SHARE * len(a.skeleton | b.skeleton)
 
 
 def alike(a: Wording, b: Wording) -> bool:
@@ -114,18 +138,25 @@ def alike(a: Wording, b: Wording) -> bool:
 
 
 def harmless(a: Wording, b: Wording, slots: frozenset[str]) -> bool:
-    """Whether what differs between two prompts worded alike can be an edit: no slot, number, sign or negation in it."""
+    """Whether what differs between two prompts worded alike can be an edit.
+
+    A misspelling, or words of the frame for others, or words added: no slot, number, sign or negation among them, none
+    moved from elsewhere, and no connective changed for another.
+    """
     matcher = difflib.SequenceMatcher(None, a.tokens, b.tokens, autojunk=False)
+    gone, come = Counter(), Counter()
     for kind, i, j, k, l in matcher.get_opcodes():
-        if kind == "equal":
-            continue
         left, right = a.tokens[i:j], b.tokens[k:l]
-        if len(left) == len(right) and all(map(misspelt, left, right)):
+        if kind == "equal" or (len(left) == len(right) and all(map(misspelt, left, right))):
             continue
         if any(telling(token, slots) for token in (*left, *right)):
             return False
-    return True
+        if kind == "replace" and not {*left, *right} <= FRAME - CONNECTIVES:
+            return False
+        gone.update(left)
+        come.update(right)
+    return not (gone & come)
 
 
 def telling(token: str, slots: frozenset[str]) -> bool:
-    return token in slots or token[0].isdecimal() or token in OPERATORS or token in NEGATIONS
+    return (token in slots and token not in POLITE) or token[0].isdecimal() or token in OPERATORS or token in NEGATIONS

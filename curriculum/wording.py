@@ -41,8 +41,11 @@ FRAME = frozenset(
     report answer respond reply result solution question problem following below above given consider using use get
     figure identify pick choose select list need want like know help task make made take put would exactly simply
     final value word words number numbers nothing else one any some all each both every same up com hey hi hello thanks
+    thank dear carefully think step lot help
     """.split()
 )
+POLITE = frozenset("hello hi hey please kindly thanks thank dear carefully".split())
+CONNECTIVES = frozenset("and or if then than all any some every same one so but up over on in".split())
 _SUFFIX = re.compile(r"(?:ies|es|s|ed|ing|ly)$")
 
 
