@@ -33,6 +33,7 @@ from curriculum.wording import Wording
 
 STAGES = ("exact", "key", "near", "semantic")
 POLICIES = ("remove", "halt", "report")
+BLOCK = 10_000  # training texts of near whose tokens are held at a time
 BAG_MATE = 0.5  # least cosine of token sets of prompts of one template
 
 
@@ -157,24 +158,26 @@ class ContaminationDetector:
         if not (rows_T and rows_E):
             return _nothing("near")
         index = Near(words_E, self.config.ngram, self.config.jaccard)
-        words_T = [wording.read(train[t].text) for t in rows_T]
-        plausible = (lambda i, j: wording.same_numbers(words_T[i], words_E[j])) if self.config.slots else None
-        proposed = list(index.pairs(self._watched("near", words_T), plausible))
-        if self.config.slots:
-            of_T = _BagSlots([train[t].domain for t in rows_T], words_T)
-            of_E = _BagSlots([evaluation[e].domain for e in rows_E], words_E)
-        for i, j, score in proposed:
-            pair = words_T[i], words_E[j]
-            if rows_T[i] not in hits and (not self.config.slots or slots.same_instance(*pair, of_T[i], of_E[j])):
-                hits[rows_T[i]] = ("near", rows_E[j], score)
+        of_T = _BagSlots([train[t].domain for t in rows_T], lambda i: wording.read(train[rows_T[i]].text))
+        of_E = _BagSlots([evaluation[e].domain for e in rows_E], words_E.__getitem__)
+        for start in range(0, len(rows_T), BLOCK):
+            self._progress("near", start, len(rows_T))
+            words_B = [wording.read(train[t].text) for t in rows_T[start : start + BLOCK]]
+            for i, j, score in self._proposed(index, words_B, words_E):
+                t = rows_T[start + i]
+                if t not in hits and (
+                    not self.config.slots or slots.same_instance(words_B[i], words_E[j], of_T[start + i], of_E[j])
+                ):
+                    hits[t] = ("near", rows_E[j], score)
+        self._progress("near", len(rows_T), len(rows_T))
         return Stage("near", "ran", "", len(rows_T), len(rows_E))
 
-    def _watched(self, stage: str, texts: Sequence[Wording]) -> Iterator[Wording]:
-        for done, text in enumerate(texts):
-            if done % 1000 == 0:
-                self._progress(stage, done, len(texts))
-            yield text
-        self._progress(stage, len(texts), len(texts))
+    def _proposed(
+        self, index: Near, words_B: list[Wording], words_E: list[Wording]
+    ) -> Iterator[tuple[int, int, float]]:
+        if not self.config.slots:
+            return index.pairs(words_B)
+        return index.pairs(words_B, lambda i, j: wording.same_numbers(words_B[i], words_E[j]))
 
     def _semantic(self, train, evaluation, rows_T, rows_E, words_E, hits) -> Stage:
         if not (rows_T and rows_E) and not self._insist:
@@ -195,19 +198,16 @@ class ContaminationDetector:
 class _BagSlots:
     """Slots of texts by number, templates read off token sets; made where they are asked for."""
 
-    def __init__(self, domains: Sequence[str], words: Sequence[Wording]):
-        self._domains, self._words, self._templates = domains, words, {}
-        self._by_domain = defaultdict(list)
-        for number, domain in enumerate(domains):
-            self._by_domain[domain].append(number)
+    def __init__(self, domains: Sequence[str], read: Callable[[int], Wording]):
+        self._domains, self._read, self._templates = domains, read, {}
 
     def __getitem__(self, number: int) -> Slots | None:
         domain = self._domains[number]
         if domain not in self._templates:
-            rows = self._by_domain[domain]
-            texts = [self._words[rows[i]] for i in slots.sample(len(rows))]
+            rows = [row for row, other in enumerate(self._domains) if other == domain]
+            texts = [self._read(rows[i]) for i in slots.sample(len(rows))]
             self._templates[domain] = Templates(texts, slots.bags(texts), BAG_MATE)
-        text = [self._words[number]]
+        text = [self._read(number)]
         return self._templates[domain].slots(text, slots.bags(text))[0]
 
 

@@ -109,8 +109,8 @@ def stand_in(slots: frozenset[str], other: Wording) -> bool:
 def same_instance(a: Wording, b: Wording, slots_a: Slots | None, slots_b: Slots | None) -> bool:
     """Whether two close prompts ask the same, by their numbers, slots and, where worded alike, what differs.
 
-    Of a prompt whose partner follows a template only known values are asked for: what is new in it may be wording,
-    and where it is another value, the partner's own is missing.
+    Of two prompts of one template the second is asked for known values only: what is new in it may be an addition,
+    and where it is another value, the first one's own is missing.
     """
     if not same_numbers(a, b):
         return False
@@ -121,10 +121,20 @@ def same_instance(a: Wording, b: Wording, slots_a: Slots | None, slots_b: Slots 
         return False
     if slots_a is not None and not stand_in(slots_a.all, b):
         return False
-    if slots_b is not None and not stand_in(slots_b.all if slots_a is None else slots_b.seen, a):
+    one_template = _one_template(slots_a, slots_b)
+    if slots_b is not None and not stand_in(slots_b.seen if one_template else slots_b.all, a):
         return False
     known = (slots_a.all if slots_a else frozenset()) | (slots_b.seen - FRAME if slots_b else frozenset())
-    return not (alike(a, b) or _one_template(slots_a, slots_b)) or harmless(a, b, known)
+    known |= (slots_a.skeleton if slots_a else frozenset()) - FRAME
+    if one_template or alike(a, b):
+        return harmless(a, b, known)
+    return bool(a.digits) or slots_a is None or bool(slots_a.all - FRAME) or in_one_run(a, b)
+
+
+def in_one_run(a: Wording, b: Wording) -> bool:
+    """Whether half of the shorter stands in the other as it is: where only the order of words tells instances apart."""
+    found = difflib.SequenceMatcher(None, a.tokens, b.tokens, autojunk=False).find_longest_match()
+    return 2 * found.size >= min(len(a.tokens), len(b.tokens))
 
 
 def _one_template(a: Slots | None, b: Slots | None) -> bool:
