@@ -33,7 +33,8 @@ VOCABULARY = [
 
 
 def prompt(number: int, seed: int) -> tuple[str, int]:
-    """(text, template): a sentence of its template's twelve words with three numbers and two names; one in four free."""
+ENDS = ("ban", "dor", "kel", "mit", "ro")
+VOCABULARY = [f"{a}{b}{c}" for a in "bcdfglmnprst" for b in ("a", "e", "io", "u") for c in ENDS]
     rng = random.Random(f"{seed} {number}")
     template = number % TEMPLATES
     if number % 4 == 3:

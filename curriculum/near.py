@@ -6,6 +6,7 @@ n-grams with e, so one that shares fewer with all of the evaluation side togethe
 is kept only where the true Jaccard index reaches the threshold.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -60,9 +61,14 @@ def _hashes(text: Wording, length: int) -> frozenset[int]:
     return frozenset(zlib.crc32(" ".join(shingle).encode()) for shingle in shingles(text.tokens, length))
 
 
-def _minhash(hashes: frozenset[int]):
+@functools.cache
+def _empty():
     from datasketch import MinHash
 
-    found = MinHash(PERMUTATIONS, hashfunc=int)
+    return MinHash(PERMUTATIONS, hashfunc=int)
+
+
+def _minhash(hashes: frozenset[int]):
+    found = _empty().copy()  # its permutations are drawn once
     found.update_batch(np.fromiter(hashes, np.uint64, len(hashes)))
     return found
