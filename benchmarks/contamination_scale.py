@@ -33,8 +33,7 @@ VOCABULARY = [
 
 
 def prompt(number: int, seed: int) -> tuple[str, int]:
-ENDS = ("ban", "dor", "kel", "mit", "ro")
-VOCABULARY = [f"{a}{b}{c}" for a in "bcdfglmnprst" for b in ("a", "e", "io", "u") for c in ENDS]
+    """(text, template): twelve words of its template with three numbers, and two more words; one in four is free."""
     rng = random.Random(f"{seed} {number}")
     template = number % TEMPLATES
     if number % 4 == 3:
