@@ -77,7 +77,6 @@ class Rule:
                 self._slots_E[e] = found
         self._sums_E, self._wordy_E = _sums(words_E)
         self._forms_E = _bits([frozenset(text.tokens) for text in words_E])
-        self._slot_bits_E = _bits([_sieved(found and found.seen) for found in self._slots_E])
 
     def keep(self, block, vectors_BX: np.ndarray, close: Close) -> Iterator[tuple[int, int, float]]:
         """The closest pair of each training text of the block that the slot rule keeps."""
@@ -90,9 +89,6 @@ class Rule:
         t, e, _ = kept
         absent_P = _missing(
             _bits([_sieved((found := slots_B.get(b)) and found.all) for b in range(len(block))])[t], self._forms_E[e]
-        )
-        absent_P = np.maximum(
-            absent_P, _missing(self._slot_bits_E[e], _bits([frozenset(w.tokens) for w in words_B])[t])
         )
         kept = Close(*(x[absent_P <= 1] for x in kept))
         done, tried = -1, defaultdict(int)

@@ -50,8 +50,8 @@ class Slots(NamedTuple):
     """What a prompt's template leaves open."""
 
     all: frozenset[str]  # tokens outside the skeleton
-    seen: frozenset[str]  # of these, those that other prompts of the domain have too: values of slots, no new wording
     skeleton: frozenset[str]
+    vocabulary: frozenset[str]  # of the domain's prompts
 
 
 class Templates:
@@ -64,6 +64,7 @@ class Templates:
     def __init__(self, texts: Sequence[Wording], vectors_SE: np.ndarray, mate: float):
         self._texts, self._vectors_SE, self._mate = texts, vectors_SE, mate
         seen = Counter(token for text in texts for token in set(text.tokens))
+        self._vocabulary = frozenset(seen)
         self._column = {token: i for i, token in enumerate(token for token, often in seen.items() if often > 1)}
         self._has_SV = np.stack([self._row(text) for text in texts]) if texts else np.zeros((0, 0), bool)
 
@@ -91,7 +92,7 @@ class Templates:
         tokens = set(text.tokens)
         out = frozenset(t for t in tokens if t not in self._column or not skeleton_V[self._column[t]])
         skeleton = frozenset(token for token, column in self._column.items() if skeleton_V[column])
-        return Slots(out, out & self._column.keys(), skeleton)
+        return Slots(out, skeleton, self._vocabulary)
 
     def _row(self, text: Wording) -> np.ndarray:
         row = np.zeros(len(self._column), bool)
@@ -109,12 +110,12 @@ def stand_in(slots: frozenset[str], other: Wording) -> bool:
 def same_instance(a: Wording, b: Wording, slots_a: Slots | None, slots_b: Slots | None) -> bool:
     """Whether two close prompts ask the same, by their numbers, slots and, where worded alike, what differs.
 
-    Of two prompts of one template the second is asked for known values only: what is new in it may be an addition,
+    Of two prompts of one template the second is asked for values that training has: what is new in it may be added,
     and where it is another value, the first one's own is missing.
     """
     if not same_numbers(a, b):
         return False
-    if bool(NEGATIONS & set(a.tokens)) != bool(NEGATIONS & set(b.tokens)):
+    if bool(_negations(a, slots_a)) != bool(_negations(b, slots_b)):
         return False
     signs = [Counter(token for token in text.tokens if token in OPERATORS) for text in (a, b)]
     if all(signs) and signs[0] != signs[1]:
@@ -122,9 +123,12 @@ def same_instance(a: Wording, b: Wording, slots_a: Slots | None, slots_b: Slots 
     if slots_a is not None and not stand_in(slots_a.all, b):
         return False
     one_template = _one_template(slots_a, slots_b)
-    if slots_b is not None and not stand_in(slots_b.seen if one_template else slots_b.all, a):
+    values_b = slots_b.all if slots_b else frozenset()
+    if one_template:
+        values_b &= slots_a.vocabulary
+    if not stand_in(values_b, a):
         return False
-    known = (slots_a.all if slots_a else frozenset()) | (slots_b.seen - FRAME if slots_b else frozenset())
+    known = (slots_a.all if slots_a else frozenset()) | (values_b - FRAME)
     known |= (slots_a.skeleton if slots_a else frozenset()) - FRAME
     if one_template or alike(a, b):
         return harmless(a, b, known)
@@ -135,6 +139,11 @@ def in_one_run(a: Wording, b: Wording) -> bool:
     """Whether half of the shorter stands in the other as it is: where only the order of words tells instances apart."""
     found = difflib.SequenceMatcher(None, a.tokens, b.tokens, autojunk=False).find_longest_match()
     return 2 * found.size >= min(len(a.tokens), len(b.tokens))
+
+
+def _negations(text: Wording, slots: Slots | None) -> set[str]:
+    """Those that are not of the template itself: `which does not fit` is a wording of `which is the odd one`."""
+    return (NEGATIONS & set(text.tokens)) - (slots.skeleton if slots else frozenset())
 
 
 def _one_template(a: Slots | None, b: Slots | None) -> bool:

@@ -71,7 +71,7 @@ def read(text: str) -> Wording:
 def _tokens(text: str) -> tuple[str, ...]:
     text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS).casefold()
     text = _THOUSANDS.sub(lambda found: found[1] + found[2].replace(",", ""), text)
-    text = re.sub(r"(?<=[^\W\d_])['\u02bc](?=[^\W\d_])", "", text)  # what's -> whats
+    text = re.sub(r"(?<=[^\W\d_])['\"`\u02bc](?=[^\W\d_])", "", text)  # what's -> whats
     text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", text)  # well-known -> well known; 7-3 and x - 3 stay
     found = _TOKEN.findall(text)
     kept = tuple(token for token in found if token[0].isalnum() or token in _KEPT)
