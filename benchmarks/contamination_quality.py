@@ -1,12 +1,13 @@
 """How well the contamination gate tells the same question from another one, canonical keys off.
 
-    python -m benchmarks.contamination_quality [--seeds 1 2 3] [--part judge|tune] [--cases 1200] [--out FILE.json]
+    python -m benchmarks.contamination_quality [--seeds 4 5 6] [--part fresh|judge|tune] [--cases 1200]
 
 A case is an evaluation prompt, and whether it was leaked into the training rows: verbatim, edited (case, punctuation,
 spacing), paraphrased (another wording, the same content), or not: another instance of a template that training has, or
 a prompt of a kind that training has not. Training holds 40 rows of each template beside what was leaked. A case counts
-as detected where any training row matches it. Wordings lie in contamination_wordings.py, in two parts of different
-tasks; the rule was tuned on `tune` with seed 0, and `judge` was not looked at until then.
+as detected where any training row matches it. Wordings lie in contamination_wordings.py, in three parts of different
+tasks: the rule was tuned on `tune` with seed 0, then judged on `judge`, seeds 1 to 3; three faults that this showed were mended,
+and it was judged again on `fresh`, which was written afterwards and of which nothing was looked at before.
 
 Compared with the same cases: cosine >= 0.95 alone, exact hash alone, word 3-gram Jaccard >= 0.9 alone, MinHash/LSH at
 0.8 alone. Intervals are Wilson's, 95 %, over cases. The hard part is paraphrases and same-template negatives.
@@ -38,8 +39,8 @@ TRAINED = 40  # rows of a template
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--part", choices=("tune", "judge"), default="judge")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
+    parser.add_argument("--part", choices=("tune", "judge", "fresh"), default="fresh")
     parser.add_argument("--cases", type=int, default=1200, help="a seed; a fifth of each kind")
     parser.add_argument("--errors", action="store_true", help="prints what the gate got wrong")
     parser.add_argument("--out", type=Path)

@@ -1,4 +1,4 @@
-"""Wordings of contamination_quality.py: two parts of different tasks, each a template, paraphrases and look-alikes.
+"""Wordings of contamination_quality.py: three parts of different tasks, each a template, paraphrases and look-alikes.
 
 `others` ask the same as `base`; `twins` ask something else of the same content.
 """
@@ -197,9 +197,45 @@ JUDGE = (
                 lambda rng: {"x": rng.choice("ABCDEFGH")})),
 )  # fmt: skip
 
-PARTS = {"tune": TUNE, "judge": JUDGE}
+FRESH = (
+    Task("power", "Raise {a} to the power {b} and report the last digit.",
+         ("What is the final digit of {a} to the power of {b}?", "Compute {a} ** {b}; which digit stands at the end?",
+          "Determine the units digit of {a} raised to {b}."), whole(2, 60, "a", "b"),
+         ("What do you get when {a} is divided by {b}, rounded down?",)),
+    Task("count", "How many of the numbers {n} are even?",
+         ("Count the even numbers among {n}.", "In the list {n}, what is the quantity of even entries?",
+          "Of {n}, how many can be divided by two without remainder?"), listed("n", (4, 7), 1, 200),
+         ("Add up the numbers {n} and give the total.",), order=False),
+    Task("rhyme", "Write a couplet where a {x} {w} talks to a {v}.",
+         ("Compose two rhyming lines in which a {v} is addressed by a {x} {w}.",
+          "I need a two-line rhyme: a {x} {w} speaks with a {v}."),
+         joined(different(COLOURS, "x"), different(NOUNS, "w", "v"))),
+    Task("flight", "Find me a flight from {c} to {d} on {m} {k} for {n}.",
+         ("Search flights that take {n} from {c} to {d}, leaving {m} {k}.",
+          "{n} needs to fly to {d} out of {c} on {m} {k}; look up a connection.",
+          "Which planes go from {c} to {d} on {m} {k}? It is for {n}."),
+         joined(different(CITIES, "c", "d"), different(MONTHS, "m"), whole(1, 28, "k"), different(NAMES, "n"))),
+    Task("paint", "{n} needs {a} minutes to paint one {w}. How many hours does it take {n} to paint {b} of them?",
+         ("If painting a single {w} keeps {n} busy for {a} minutes, what is the time in hours for {b}?",
+          "At {a} minutes for each {w}, how many hours will {n} spend on painting {b}?"),
+         joined(different(NAMES, "n"), different(NOUNS, "w"), whole(5, 90, "a"), whole(2, 40, "b"))),
+    Task("dict", "Given the Python dictionary {{'{w}': {a}, '{v}': {b}}}, write an expression for the key with the larger value.",
+         ("Write Python code that picks the key whose value is greatest in {{'{w}': {a}, '{v}': {b}}}.",
+          "For d = {{'{w}': {a}, '{v}': {b}}}, which expression yields the key of the maximal value?"),
+         joined(different(NOUNS, "w", "v"), whole(1, 99, "a", "b"))),
+    Task("anagram", "Do the strings {s} and {z} consist of the same letters?",
+         ("Check whether {s} is an anagram of {z}.", "Can the letters of {s} be rearranged into {z}?"),
+         joined(letters("s", 4, 7), letters("z", 4, 7)), ("Join the strings {s} and {z} with a hyphen.",)),
+    Task("river", "Which ocean or sea would you reach by following a river from {c} past {w} station to {d}?",
+         ("Following a river from {c} to {d} by way of {w} station, at what sea or ocean do you arrive?",
+          "Name the body of salt water at the end of a river that runs from {c} past {w} station towards {d}."),
+         joined(different(CITIES, "c", "d"), different(NOUNS, "w"))),
+)  # fmt: skip
+
+PARTS = {"tune": TUNE, "judge": JUDGE, "fresh": FRESH}
 POLITE = {
     "tune": ("Hello! {0} Thanks a lot.", "Please help me: {0}", "{0} Think carefully."),
+    "fresh": ("I have a request. {0}", "{0} Reply soon, my boss is waiting.", "Dear assistant, {0}"),
     "judge": ("Good morning. {0}", "Quick question for you. {0}", "{0} Take your time and explain briefly."),
 }
 
@@ -220,5 +256,6 @@ _QUESTIONS = {
 
 
 def unrelated(part: str, number: int, rng: random.Random) -> str:
+    part = "judge" if part == "fresh" else part
     subjects, questions = _SUBJECTS[part].split(","), _QUESTIONS[part]
     return questions[number % len(questions)].format(*rng.sample(subjects, 2), rng.randint(3, 40))

@@ -3,8 +3,10 @@
 python -m infinite_jax.audit [--config-name NAME] [--config-dir DIR] [--again] [key=value ...]
 
 Takes the arguments of `train` and trains nothing. Writes contamination/report.json and report.html, under run.dir if it
-is given. The same comparison a second time is read from contamination.cache. Exit codes: 0 whatever is found, unless
-contamination.policy=halt: then 3 where `train` would refuse to begin.
+is given. The same comparison a second time is read from contamination.cache. The report also says whether the model
+itself has memorised the evaluation prompts (contamination.memorised of each domain; 0 = not asked).
+
+Exit codes: 0 whatever is found, unless contamination.policy=halt: then 3 where `train` would refuse to begin.
 """
 
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import contamination_report, gate
+from infinite_jax import contamination_report, gate, memorised
 from infinite_jax.session import set_up_runtime
 
 
@@ -30,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if screened.report is None:
             print("contamination.stages=[]: no stage is asked for, nothing was compared")
             return cli.DONE
+        if config.contamination.memorised:
+            screened.report["summary"]["memorised"] = memorised.measure(config, screened.domains)
         contamination_report.write(folder, screened.report)
     print(table(screened.report["summary"]))
     print(f"report: {folder / contamination_report.REPORT}, {folder / contamination_report.PAGE}")
@@ -46,6 +50,11 @@ def table(summary: dict) -> str:
     lines.append(f"\n{'domain':<{width}} {'training':>10} {'matched':>9} {'share':>8}")
     for name, domain in summary["domains"].items():
         lines.append(f"{name:<{width}} {domain['train']:>10,} {domain['matched']:>9,} {domain['share']:>8.2%}")
+    if known := summary.get("memorised"):
+        lines.append(f"\nmemorised by the model: {known['status']} {known['note']}".rstrip())
+        for name, domain in known["domains"].items():
+            gap = "no twins" if domain["gap"] is None else f"{domain['gap']:+.3f} nats a token over twins"
+            lines.append(f"{name:<{width}} {domain['completed']:>8.1%} completed, {gap}")
     return "\n".join(lines)
 
 
