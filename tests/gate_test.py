@@ -14,7 +14,8 @@ from infinite_jax import audit, contamination_report, gate, resume, run_folder, 
 
 SMALL = [
     "run.steps=2", "run.eval_every=2", "run.checkpoint_every=1", "algorithm.prompts=4", "algorithm.group_size=2",
-    "algorithm.max_new_tokens=4", "eval.canary=false", "anchors.each=0", "rubric.workers=1", "contamination.memorised=0",
+    "algorithm.max_new_tokens=4", "eval.canary=false", "anchors.each=0", "rubric.workers=1",
+    "contamination.memorised=0",
     "contamination.stages=[exact,key]",
 ]  # fmt: skip
 

@@ -19,8 +19,8 @@ def parts(report: dict) -> dict[str, str]:
         ("matches", "Matches", "The content of the last user message, untouched.", _matches(report["matches"])),
     ]  # fmt: skip
     if "memorised" in summary:
-        lede = "Whether the model itself knows the evaluation prompts: whether it continues their first half word for word, and "
-        lede += "its log-probability of them, compared with that of twins in which a number or word is another."
+        lede = "Whether the model itself continues the first half of the evaluation prompts word for word, and its "
+        lede += "log-probability of them, compared with that of twins in which a number or word is another."
         sections.append(("memorised", "Memorised", lede, _memorised(summary["memorised"])))
     return {
         "title": "Contamination · infinite_jax",
