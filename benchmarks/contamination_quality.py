@@ -6,8 +6,8 @@ A case is an evaluation prompt, and whether it was leaked into the training rows
 spacing), paraphrased (another wording, the same content), or not: another instance of a template that training has, or
 a prompt of a kind that training has not. Training holds 40 rows of each template beside what was leaked. A case counts
 as detected where any training row matches it. Wordings lie in contamination_wordings.py, in three parts of different
-tasks: the rule was tuned on `tune` with seed 0, then judged on `judge`, seeds 1 to 3; three faults that this showed were
-mended, and it was judged again on `fresh`, written afterwards and not looked at before.
+tasks: the rule was tuned on `tune` with seed 0, then judged on `judge`, seeds 1 to 3; three faults that this showed
+were mended, and it was judged again on `fresh`, written afterwards and not looked at before.
 
 Compared with the same cases: cosine >= 0.95 alone, exact hash alone, word 3-gram Jaccard >= 0.9 alone, MinHash/LSH at
 0.8 alone. Intervals are Wilson's, 95 %, over cases. The hard part is paraphrases and same-template negatives.
