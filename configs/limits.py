@@ -3,7 +3,7 @@
 import math
 
 from configs.schema import Config, flat, get
-from curriculum import domains
+from curriculum import contamination, domains
 from curriculum.sampler import MAX_PROMPTS
 from rubric import anchor_keeper, evaluator, schema
 from rubric.environments import registry
@@ -25,6 +25,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "model.attention": ("auto", "xla", "tpu", "cudnn", "mgpu"),
     "mesh.offload": OFFLOAD,
+    "contamination.policy": contamination.POLICIES,
 }
 
 AT_LEAST = {
@@ -61,6 +62,12 @@ AT_LEAST = {
     "algorithm.weight_decay": 0,
     "algorithm.adam_b1": 0,
     "algorithm.adam_b2": 0,
+    "contamination.tolerance": 0,
+    "contamination.sample": 0,
+    "contamination.ngram": 1,
+    "contamination.slots": 0,
+    "contamination.batch": 1,
+    "contamination.memorised": 0,
     "eval.batch": 1,
     "eval.prompts": 0,
     "eval.samples": 1,
@@ -75,9 +82,20 @@ AT_MOST = {
     "algorithm.gae_lambda": 1,
     "algorithm.adam_b1": 1 - 1e-6,
     "algorithm.adam_b2": 1 - 1e-9,
+    "contamination.tolerance": 1,
+    "contamination.jaccard": 1,
+    "contamination.threshold": 1,
+    "contamination.slots": 1,
 }
 
-ABOVE_ZERO = ("algorithm.temperature", "algorithm.top_p", "algorithm.max_grad_norm", "algorithm.adam_eps")
+ABOVE_ZERO = (
+    "algorithm.temperature",
+    "algorithm.top_p",
+    "algorithm.max_grad_norm",
+    "algorithm.adam_eps",
+    "contamination.jaccard",
+    "contamination.threshold",
+)
 
 
 def validate(config: Config, num_devices: int) -> None:
@@ -129,6 +147,7 @@ def validate(config: Config, num_devices: int) -> None:
         auto.possible(config.mesh, num_devices, rows // parts)
     else:
         rollout_rows(config.mesh, rows, num_devices)
+    contamination.check(config.contamination)
     domains.check(config.domains)
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
     evaluator.check(_single_replies(config), config.rubric, rubrics)

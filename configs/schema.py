@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from curriculum import suites
+from curriculum.contamination import ContaminationConfig
 from curriculum.domains import DomainConfig
 from curriculum.policies import CurriculumConfig
 from models.source import ModelConfig
@@ -100,6 +101,7 @@ class Config:
     curriculum: CurriculumConfig
     rubric: RubricConfig
     anchors: AnchorConfig
+    contamination: ContaminationConfig
     algorithm: AlgorithmConfig
     eval: EvalConfig
     mesh: MeshConfig
@@ -249,4 +251,5 @@ def located(config: Config) -> Config:
     if rubric.judge is not None and rubric.judge.cache:
         judge = dataclasses.replace(rubric.judge, cache=os.path.abspath(rubric.judge.cache))
         rubric = dataclasses.replace(rubric, judge=judge)
-    return dataclasses.replace(config, model=model, domains=tuple(sources), rubric=rubric)
+    contamination = dataclasses.replace(config.contamination, model=absolute(config.contamination.model))
+    return dataclasses.replace(config, model=model, domains=tuple(sources), rubric=rubric, contamination=contamination)

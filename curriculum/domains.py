@@ -23,7 +23,7 @@ from typing import NamedTuple
 import grain
 
 from curriculum.generators import Row
-from curriculum.sources import GENERATORS, levels, made_for, read, read_levels
+from curriculum.sources import GENERATORS, levels, made_for, maker, read, read_levels
 
 LAST_STEP = 2**31 - 2  # steps are i32, and the largest stands for "never"
 
@@ -52,6 +52,11 @@ class Domain(NamedTuple):
     def train_rows(self) -> list[Row]:
         """Of all levels; empty where eval_only."""
         return list(itertools.chain.from_iterable(self.train_levels.values()))
+
+    @property
+    def makers(self) -> tuple[str | None, str | None]:
+        """The generators of training and test rows, None where they come from elsewhere."""
+        return maker(self.config.train), maker(self.config.test)
 
 
 def check(configs: Sequence[DomainConfig]) -> None:

@@ -77,6 +77,11 @@ def made_for(source: str) -> str | None:
     return generator.environment if generator else None
 
 
+def maker(source: str | None) -> str | None:
+    """The generator whose canonical keys a source's rows carry, None where they carry none or the user's own."""
+    return generators.generator_name(source) if source and source.startswith("gen:") else None
+
+
 def _file(name: str, base: str | os.PathLike | None) -> Path:
     path = Path(base or "") / name
     if not path.is_file():

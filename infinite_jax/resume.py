@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
-from infinite_jax import changes, grader_watch, record, run_folder
+from infinite_jax import changes, gate, grader_watch, record, run_folder
 from infinite_jax.session import open_session, set_up_runtime
 from infinite_jax.train import evaluate, train
 from sharding import exchange, multihost
@@ -32,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = changes.apply(run_folder.load_config(run_dir, overrides), asked)
         set_up_runtime(config)
         cli.join_processes(given)
-        session = open_session(config)
+        screened = gate.screen(config, run_dir)
+        if screened.halted:
+            gate.write(run_dir / gate.FOLDER, screened)
+            multihost.shutdown()
+            return cli.HALTED
+        session = open_session(config, screened.domains)
         try:
             run_folder.check_data(run_dir, session.data_sha256)
             # one copy of the state at a time: the fresh one is freed before the saved one is read
@@ -59,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 grader_watch.check_saved(config, run_dir, start)
                 record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
                 run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
+                gate.write(run_dir / gate.FOLDER, screened)
         except BaseException:
             session.close()
             raise

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from configs import limits
 from configs.schema import Config
 from curriculum import domains, policies
+from curriculum.domains import Domain
 from curriculum.triage import NEVER, Roster, roster
 from infinite_jax import conversation, placement, prompts
 from infinite_jax.canary import Canary
@@ -46,7 +47,7 @@ class Session(NamedTuple):
     canary: Canary | None
     trainer: InfiniteGRPOTrainer
     state: RunState  # of step 0
-    data_sha256: dict[str, str]  # of every row read, by domain
+    data_sha256: dict[str, str]  # of every row used, by domain
     environments: Environments  # of conversations
 
     def close(self) -> None:
@@ -82,9 +83,10 @@ class Loaded(NamedTuple):
     test: list[list[Prompt]]
 
 
-def open_session(config: Config) -> Session:
+def open_session(config: Config, rows: list[Domain] | None = None) -> Session:
     """Reads model and data and builds the parts. Raises ValueError, one line, on anything the user must mend.
 
+    rows: of the domains, as the contamination gate leaves them (gate.py); None = all that the sources have.
     The caller closes it.
     """
     limits.validate(config, jax.device_count())
@@ -93,18 +95,20 @@ def open_session(config: Config) -> Session:
             f"mesh.rollout_devices={config.mesh.rollout_devices}: a rollout on devices of its own needs one process, "
             "since arrays do not move between several: set it to 0"
         )
-    return assemble(config, *load(config))
+    return assemble(config, *load(config, rows))
 
 
-def load(config: Config) -> tuple[Loaded, Params]:
+def load(config: Config, rows: list[Domain] | None = None) -> tuple[Loaded, Params]:
     """The files, and the model's parameters on the mesh."""
     if jax.process_count() > 1:
         _refuse_conversations(config, jax.process_count())
     sizes = sized(config, source.network(config.model))
     mesh = make_mesh(sizes)
     text = source.load_tokenizer(config.model)
+    if rows is None:
+        rows = domains.load(config.domains, adaptive=config.curriculum.difficulty == "adaptive")
     with Environments([domain.environment for domain in config.domains]) as environments:
-        train, test = _read_domains(config, text, environments)
+        train, test = _tokenised(config, text, rows, environments)
     decoder, params = source.load(config.model, mesh)
     stop_ids, pad_id = _markup(config, text, decoder, [*_all(train), *test])
     return Loaded(mesh, make_rollout_mesh(sizes, mesh), decoder, text, stop_ids, pad_id, train, test), params
@@ -195,11 +199,13 @@ def members(config: Config, size_D: np.ndarray) -> Roster:
     )
 
 
-def _read_domains(config: Config, text, environments: Environments) -> tuple[list[dict[int, list]], list[list]]:
+def _tokenised(
+    config: Config, text, found: list[Domain], environments: Environments
+) -> tuple[list[dict[int, list]], list[list]]:
     """For each domain its training prompts by level and its test prompts, with the tools that the model may call."""
     limit, template = config.algorithm.prompt_buckets[-1], config.model.apply_chat_template
     train, test = [], []
-    for index, domain in enumerate(domains.load(config.domains, adaptive=config.curriculum.difficulty == "adaptive")):
+    for index, domain in enumerate(found):
 
         def tokenised(rows, index=index, name=domain.name):
             tools = functools.partial(environments.tools, index)

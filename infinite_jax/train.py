@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import heldout, record, run_folder, transcripts
+from infinite_jax import gate, heldout, record, run_folder, transcripts
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.grader_watch import GraderWatch
@@ -34,8 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_runtime(config)
         cli.join_processes(given)
         run_dir = run_folder.choose(config)
-        session = open_session(config)
-        run_folder.claim(run_dir, config, session.data_sha256)
+        screened = gate.screen(config)
+        session = None if screened.halted else open_session(config, screened.domains)
+        if session:
+            run_folder.claim(run_dir, config, session.data_sha256)
+        gate.write(run_dir / gate.FOLDER, screened)
+    if session is None:
+        multihost.shutdown()
+        return cli.HALTED
     with session:
         code = train(session._replace(state=None), run_dir, session.state)
     multihost.shutdown()

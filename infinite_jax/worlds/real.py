@@ -26,7 +26,7 @@ import yaml
 
 from configs import cli, limits, schema
 from configs.schema import Config
-from infinite_jax import decay, record, retention, run_folder
+from infinite_jax import decay, gate, record, retention, run_folder
 from infinite_jax.session import assemble, load, set_up_runtime
 from infinite_jax.train import train
 from infinite_jax.worlds.table import NO_PROBE, Arm, Probe, Runs
@@ -132,7 +132,10 @@ def once(cache: dict, config: Config, folder: Path, seed: int) -> None:
     if key not in cache:
         cache.clear()
         set_up_runtime(config)
-        loaded, params = load(config)
+        screened = gate.screen(config)
+        if screened.halted:
+            raise SystemExit(cli.HALTED)
+        loaded, params = load(config, screened.domains)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         cache[key] = loaded, jax.device_get(params), shardings  # on the host: a run's steps donate its copy
     loaded, params, shardings = cache[key]
