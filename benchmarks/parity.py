@@ -67,7 +67,7 @@ def prompt_order(opened: session.Session, steps: int) -> list[prompts.Prompt]:
 
 def ours(config: Config) -> dict:
     opened, rewards, seconds = open_run(config), [], []
-    with opened.grader:
+    with opened:
         state = opened.state
         before = passed(opened, state.train.params)
         for _ in range(config.run.steps):
@@ -95,7 +95,7 @@ def trl(config: Config) -> dict:
 
     opened, algorithm = open_run(config), config.algorithm
     order = prompt_order(opened, config.run.steps)
-    with opened.grader, tempfile.TemporaryDirectory() as scratch:
+    with opened, tempfile.TemporaryDirectory() as scratch:
         before = passed(opened, opened.state.train.params)
         start = Path(scratch) / "start"
         hf.save(opened.decoder, opened.state.train.params, start)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trained = RunState(run_folder.abstract(session.state.train), None, None, None)
             number, state = run_folder.checkpoints(given.run_dir).restore(trained, step)
             params = state.train.params
-    with session.grader:
+    with session:
         found = measure(session, session.evaluator.run(params))
     path = given.run_dir / CALIBRATION
     scratch = path.with_suffix(".tmp")

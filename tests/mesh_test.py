@@ -173,7 +173,7 @@ def train(overrides: list[str], evaluate: bool = False) -> dict:
     pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state.train), strict=True)
     moved = [f"{jax.tree_util.keystr(path)}: {a} -> {b.sharding}" for (path, a), b in pairs if a != b.sharding]
     found = session.evaluator.run(state.train.params) if evaluate else {}
-    session.grader.close()
+    session.close()
     moments = (state.train.opt_state, state.train.critic and state.train.critic.opt_state)
     memories = {x.sharding.memory_kind for x in jax.tree.leaves(moments) if x.ndim}
     return {

@@ -199,7 +199,7 @@ def timeless(folder: Path) -> list[dict]:
 def host_state(folder: Path):
     """The triage state and the data position of a run's newest checkpoint, read by this process."""
     opened = session.open_session(run_folder.load_config(folder, mesh(1, 1, 1, 1)))
-    opened.grader.close()
+    opened.close()
     state = run_folder.checkpoints(folder).restore(run_folder.abstract(opened.state))[1]
     return state._replace(train=None)
 

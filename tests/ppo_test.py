@@ -59,7 +59,7 @@ def timeless(folder: Path) -> list[dict]:
 
 def state_of(folder: Path, step: int | None = None):
     opened = session.open_session(run_folder.load_config(folder, []))
-    opened.grader.close()
+    opened.close()
     return run_folder.checkpoints(folder).restore(run_folder.abstract(opened.state), step)[1]
 
 

@@ -76,7 +76,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 def restored(folder: Path):
     """The newest state of a run as its own configuration describes it."""
     opened = session.open_session(run_folder.load_config(folder, []))
-    opened.grader.close()
+    opened.close()
     return run_folder.checkpoints(folder).restore(run_folder.abstract(opened.state))
 
 
@@ -96,7 +96,7 @@ def test_growth_leaves_every_other_leaf_bit_identical(kind, setting, request):
     asked, _ = changes.take([f"add={setting / 'more.yaml'}", "retire=copy"])
     config = changes.apply(run_folder.load_config(run, []), asked)
     opened = session.open_session(config)
-    opened.grader.close()
+    opened.close()
     abstract = run_folder.abstract(opened.state)
     start, after = changes.restore(run_folder.checkpoints(run), opened, abstract, changes.entry(asked, 0))
     assert_begins_with(after, before)

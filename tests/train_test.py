@@ -68,7 +68,7 @@ def timeless(folder: Path) -> list[dict]:
 def final_state(folder: Path):
     config = run_folder.load_config(folder, [])
     opened = session.open_session(config)
-    opened.grader.close()
+    opened.close()
     return run_folder.checkpoints(folder).restore(run_folder.abstract(opened.state))[1]
 
 
