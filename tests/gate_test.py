@@ -81,7 +81,7 @@ def test_a_second_audit_is_a_cache_hit_until_data_or_stages_change(mine, tmp_pat
     assert not hit("--again") and not hit("contamination.cache=")
     (tmp_path / "b.jsonl").write_text(row("changed"))
     assert not hit()
-    for path in (tmp_path / "runs" / ".contamination").glob("*.json"):
+    for path in (tmp_path / ".contamination").glob("*.json"):
         path.write_text("{damaged")
     assert not hit()
 
