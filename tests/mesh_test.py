@@ -218,12 +218,16 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def reports() -> dict:
-    """Of each family by mesh, and of the runs."""
-    jobs = {family: ["compare", family, meshes] for family, meshes in DEFAULT.items()}
-    jobs |= {roles: ["train", RUNS[roles]] for roles in ("colocated", "disjoint")}
-    halves = ("llama", "disjoint"), ("qwen2", "qwen3", "gemma3", "colocated")
-    children = [child(8, [jobs[name] for name in half]) for half in halves]
+    """Of each family by mesh."""
+    halves = ("llama",), ("qwen2", "qwen3", "gemma3")
+    children = [child(8, [["compare", name, DEFAULT[name]] for name in half]) for half in halves]
     return {name: found for half, each in zip(halves, children) for name, found in zip(half, result(each))}
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict:
+    children = {roles: child(8, [["train", RUNS[roles]]]) for roles in ("colocated", "disjoint")}
+    return {roles: result(each)[0] for roles, each in children.items()}
 
 
 def check(found: dict) -> None:
@@ -266,19 +270,22 @@ def same(found: dict, expected: dict) -> None:
     assert found["grades"] == expected["grades"]
 
 
-def test_roles_on_all_devices_and_on_their_own_give_one_run(reports):
-    same(reports["colocated"], reports["disjoint"])
-    assert max(row["policy/grad_norm"] for row in reports["disjoint"]["rows"]) > 0.1
+@pytest.mark.slow
+def test_roles_on_all_devices_and_on_their_own_give_one_run(runs):
+    same(runs["colocated"], runs["disjoint"])
+    assert max(row["policy/grad_norm"] for row in runs["disjoint"]["rows"]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", ["colocated", "disjoint"])
-def test_after_warm_up_nothing_compiles_and_every_split_is_as_it_was(reports, roles):
+def test_after_warm_up_nothing_compiles_and_every_split_is_as_it_was(runs, roles):
     """Another split, or the same in other words, would have every program of the next step compiled again."""
-    assert reports[roles]["compiled_in_third_step"] == 0 and reports[roles]["moved"] == []
+    assert runs[roles]["compiled_in_third_step"] == 0 and runs[roles]["moved"] == []
 
 
-def test_roles_lie_where_they_were_put(reports):
-    colocated, disjoint = reports["colocated"], reports["disjoint"]
+@pytest.mark.slow
+def test_roles_lie_where_they_were_put(runs):
+    colocated, disjoint = runs["colocated"], runs["disjoint"]
     assert colocated["moments_in"] == ["pinned_host"] and disjoint["moments_in"] == ["device"]
     assert colocated["rollout_devices"] == list(range(8)) and disjoint["rollout_devices"] == [4, 5, 6, 7]
 
