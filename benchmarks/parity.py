@@ -230,17 +230,15 @@ def spread(values) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
-    verbs = arguments.add_subparsers(dest="verb", required=True)
-    runs = verbs.add_parser("run")
-    runs.add_argument("out", type=Path)
-    runs.add_argument("--only", default="ours,trl")
-    runs.add_argument("--config-name", default="bench12")
-    runs.add_argument("--domain", default="products")
-    runs.add_argument("--steps", type=int, default=100)
-    runs.add_argument("--seeds", type=int, default=3)
-    runs.add_argument("overrides", nargs="*", metavar="key=value")
-    verbs.add_parser("table").add_argument("out", type=Path)
-    given = arguments.parse_args()
+    arguments.add_argument("verb", choices=("run", "table"))
+    arguments.add_argument("out", type=Path)
+    arguments.add_argument("--only", default="ours,trl")
+    arguments.add_argument("--config-name", default="bench12")
+    arguments.add_argument("--domain", default="products")
+    arguments.add_argument("--steps", type=int, default=100)
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("overrides", nargs="*", metavar="key=value")
+    given = arguments.parse_intermixed_args()
     run(given) if given.verb == "run" else table(given.out)
 
 

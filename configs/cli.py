@@ -26,9 +26,15 @@ DONE, FAILED, BAD_INPUT, HALTED, PREEMPTED = 0, 1, 2, 3, 75
 USERS = (ValueError, OSError, ModuleNotFoundError, YAMLError)  # errors that the user can mend
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        """Options may stand among the key=value arguments, which plain argparse refuses."""
+        return self.parse_intermixed_args(args, namespace)
+
+
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
     """A parser for `python -m infinite_jax.<verb>`; the verb adds its own positional arguments."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m infinite_jax.{verb}",
         description=description,
         epilog="key=value overrides the configuration (configs/config.yaml lists the keys); group=name picks a file of "

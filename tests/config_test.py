@@ -23,6 +23,15 @@ def test_default_composes_and_round_trips_through_yaml():
     assert schema.build(schema.Config, yaml.safe_load(yaml.safe_dump(schema.as_dict(config)))) == config
 
 
+def test_options_stand_among_the_overrides():
+    arguments = cli.parser("train", "")
+    cli.add_config_arguments(arguments)
+    cli.add_process_arguments(arguments)
+    given = arguments.parse_args(["run.steps=1", "--config-name", "grpo", "run.seed=2", "--process", "0", "mesh=single"])
+    assert given.overrides == ["run.steps=1", "run.seed=2", "mesh=single"]
+    assert (given.config_name, given.process) == ("grpo", 0)
+
+
 def test_groups_names_and_values_are_overridden():
     config = compose_config("grpo", None, ["model=smollm2_135m", "domains=bench12", "mesh=single", "run.steps=7"])
     assert (config.curriculum.policy, config.curriculum.single_every, config.run.name) == ("uniform", 0, "grpo")
