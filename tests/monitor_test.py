@@ -71,6 +71,15 @@ def test_the_numbers_of_one_evaluation():
     assert (change.tier_before, change.tier, change.rollback, change.halt) == (0, 1, False, False)
 
 
+def test_a_drop_within_delta_is_none_and_a_large_one_is_hard_only_when_sure():
+    """A million prompts: .008 is ten errors and no violation. A thousand: .07 is above .05, .07 - 2.13 se is not."""
+    million = np.full(D, 1e6, "f")
+    change = updating()(monitor.init(CONFIG, D), 0.7 * million, million, 0.692 * million, million, PRIOR, 0)[1]
+    assert change.z[0] > 10 and not change.violation.any()
+    _, change = evaluate(monitor.init(CONFIG, D), [0.63, FINE, FINE, FINE])
+    assert change.violation[0] and change.drop[0] > CONFIG.hard and not change.hard.any() and change.tier == 0
+
+
 def test_two_violations_in_a_row_raise_the_tier_and_one_does_not():
     states, _ = follow(BELOW, FINE, BELOW, BELOW, BELOW, BELOW)
     assert tiers(states) == [0, 0, 0, 1, 1, 2]
