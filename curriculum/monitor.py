@@ -151,6 +151,7 @@ def update(
       prior_D: bool[D], the domains that M0 had; the others are not watched.
       step: i32[], of the evaluation.
       lost_D, gained_D: [D], prompts that only M0, and only the model passed (drops.disagreements), for McNemar's test.
+        There n is the number of prompts with a verdict on both sides.
 
     Raises ValueError where the test is McNemar's and they are missing.
     """
