@@ -49,11 +49,12 @@ def token_logp(
         unembedded = functools.partial(unembed, config, {name: _whole(table, axes, spread)})
         return logprob.token_logp(unembedded, hidden_BTE, token_BT, temperature, most)
 
-    if mesh is None:
+    rows = () if mesh is None else rules.spec(mesh, ("batch", "length"), token_BT.shape)
+    manual = {axis for entry in rows for axis in _axes(entry)}
+    if not any(mesh.shape[axis] > 1 for axis in manual):
         spread = ()
         return local(params[name], hidden_BTE, token_BT)
-    rows = rules.spec(mesh, ("batch", "length"), token_BT.shape)
-    manual = {axis for entry in rows for axis in _axes(entry)} | {axis for axis in mesh.shape if mesh.shape[axis] == 1}
+    manual |= {axis for axis in mesh.shape if mesh.shape[axis] == 1}
     embed = axes.index("embed")
     spread = tuple(axis for axis in _entry(rules.spec(mesh, axes, shape), embed) if axis in manual)
     table_spec = PartitionSpec(*(spread if i == embed and spread else None for i in range(2)))

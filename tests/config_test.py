@@ -27,7 +27,8 @@ def test_options_stand_among_the_overrides():
     arguments = cli.parser("train", "")
     cli.add_config_arguments(arguments)
     cli.add_process_arguments(arguments)
-    given = arguments.parse_args(["run.steps=1", "--config-name", "grpo", "run.seed=2", "--process", "0", "mesh=single"])
+    words = ["run.steps=1", "--config-name", "grpo", "run.seed=2", "--process", "0", "mesh=single"]
+    given = arguments.parse_args(words)
     assert given.overrides == ["run.steps=1", "run.seed=2", "mesh=single"]
     assert (given.config_name, given.process) == ("grpo", 0)
 

@@ -23,6 +23,9 @@ SIZES = {  # data, fsdp, seq, tensor
     "data2_seq4": (2, 1, 4, 1),
     "fsdp2_tensor2_seq2": (1, 2, 2, 2),
     "all_of_16": (2, 2, 2, 2),
+    "tensor2": (1, 1, 1, 2),
+    "data2_tensor2": (2, 1, 1, 2),
+    "seq4_tensor2": (1, 1, 4, 2),
 }
 SIX = tuple(SIZES)[:6]
 DEFAULT = {
@@ -32,6 +35,7 @@ DEFAULT = {
     "gemma3": ("data2_fsdp2_tensor2", "fsdp2_tensor2_seq2"),
 }
 REST = {family: tuple(mesh for mesh in SIX if mesh not in meshes) for family, meshes in DEFAULT.items()}
+REST |= {"llama": ("tensor2", "data2_tensor2", "seq4_tensor2")}
 TOKENS = {"llama": 70}  # sampled a row, else 5: past 64 a split rollout asks not every time whether rows are done
 V, E, D = 80, 32, 8  # numbers that no other dimension has, but for rows of 8 tokens
 FAST = (
