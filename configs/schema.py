@@ -9,9 +9,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,8 @@ FREE_AT_RESUME = (
     "run.check_every",
     "run.keep_last",
     "run.keep_best",
+    "contamination.policy",  # of domains that join; what became of the others stands in removed.json
+    "contamination.tolerance",
     "mesh",
 )
 
@@ -240,7 +243,7 @@ def located(config: Config) -> Config:
             train=absolute(domain.train),
             test=absolute(domain.test) and suites.located(absolute(domain.test)),
             rubric=absolute(domain.rubric) if (domain.rubric or "").endswith((".yaml", ".yml")) else domain.rubric,
-            environment=absolute(domain.environment) if domain.environment.endswith(".py") else domain.environment,
+            environment=_located_environment(domain.environment, absolute),
         )
         for domain in config.domains
     ]
@@ -253,3 +256,10 @@ def located(config: Config) -> Config:
         rubric = dataclasses.replace(rubric, judge=judge)
     contamination = dataclasses.replace(config.contamination, model=absolute(config.contamination.model))
     return dataclasses.replace(config, model=model, domains=tuple(sources), rubric=rubric, contamination=contamination)
+
+
+def _located_environment(environment: str, absolute: Callable[[str | None], str | None]) -> str:
+    """With the file of a user's module, or of a `file=` option, made absolute."""
+    if environment.endswith(".py"):
+        return absolute(environment)
+    return re.sub(r"(?<=,file=)[^,]+", lambda found: absolute(found[0]), environment)

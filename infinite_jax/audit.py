@@ -9,6 +9,7 @@ itself has memorised the evaluation prompts (contamination.memorised of each dom
 Exit codes: 0 whatever is found, unless contamination.policy=halt: then 3 where `train` would refuse to begin.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from configs import cli
 from configs.schema import located
 from infinite_jax import contamination_report, gate, memorised
 from infinite_jax.session import set_up_runtime
+from sharding.mesh import MeshConfig
+
+ANY_MESH = MeshConfig(0, 0, 0, 0, 0, 0, "none")  # sizes chosen from the devices that are here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,12 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments.parse_args(argv)
     with cli.bad_input():
         config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
+        config = dataclasses.replace(config, mesh=ANY_MESH)  # it need not run where the run will
         set_up_runtime(config)
         screened = gate.screen(config, again=given.again)
         folder = Path(config.run.dir) / gate.FOLDER
         if screened.report is None:
             print("contamination.stages=[]: no stage is asked for, nothing was compared")
             return cli.DONE
+        contamination_report.write(folder, screened.report)  # and again with what takes longer
         if config.contamination.memorised:
             screened.report["summary"]["memorised"] = memorised.measure(config, screened.domains)
         contamination_report.write(folder, screened.report)

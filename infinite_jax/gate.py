@@ -75,11 +75,12 @@ def _decide(config: Config, found: list[Domain], decided: dict, fresh: list[str]
         return Screened(found, None, removed, "")
     findings, hit = compare(config.contamination, found, digests, again)
     report = contamination_report.build(config, found, findings, digests, hit)
-    report["matches"], halted = judge(config.contamination, findings, report["summary"], fresh)
+    gone = {name: set(was["rows"]) for name, was in removed.items()}
+    report["matches"], halted = judge(config.contamination, findings, report["summary"], fresh, gone)
     if not halted:
         for match in report["matches"]:
-            if match["action"] == REMOVE:
-                removed[match["domain"]]["rows"].append(int(match["train_id"].rsplit("/", 1)[1]))
+            if match["action"] == REMOVE and match["domain"] in fresh:
+                removed[match["domain"]]["rows"].append(number(match["train_id"]))
     report["summary"]["verdict"] = halted or "passed"
     _say(config.contamination, report, halted)
     return Screened(found, report, removed, halted)
@@ -162,8 +163,18 @@ def _store(path: Path, findings: Found) -> None:
         print(f"warning: contamination.cache: findings are not kept: {error}", file=sys.stderr)
 
 
-def judge(config: ContaminationConfig, found: Found, summary: dict, fresh: list[str]) -> tuple[list[dict], str]:
-    """(matches with what is done about each, why the run must not begin or "")."""
+def number(train_id: str) -> int:
+    """Of a training row within its domain, as removed.json counts."""
+    return int(train_id.rsplit("/", 1)[1])
+
+
+def judge(
+    config: ContaminationConfig, found: Found, summary: dict, fresh: list[str], gone: dict[str, set[int]]
+) -> tuple[list[dict], str]:
+    """(matches with what is done about each, why the run must not begin or "").
+
+    gone: of the domains that are not fresh, the training rows that the run began without.
+    """
     halted = ""
     if config.policy == "halt":
         if found.not_run:
@@ -177,7 +188,13 @@ def judge(config: ContaminationConfig, found: Found, summary: dict, fresh: list[
                     "report, mend the data, or set contamination.policy=remove"
                 )
     action = STOP if halted else KEEP if config.policy == "report" else REMOVE
-    return [{**match._asdict(), "action": action if match.domain in fresh else LATE} for match in found.matches], halted
+
+    def done(match: Match) -> str:
+        if match.domain in fresh:
+            return action
+        return REMOVE if number(match.train_id) in gone[match.domain] else LATE
+
+    return [{**match._asdict(), "action": done(match)} for match in found.matches], halted
 
 
 def _say(config: ContaminationConfig, report: dict, halted: str) -> None:
@@ -232,7 +249,9 @@ def write(folder: Path, screened: Screened) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if screened.report is not None:
         contamination_report.write(folder, screened.report)
-    if not screened.halted:
+    if screened.halted:
+        print(f"report: {folder / contamination_report.REPORT}, {folder / contamination_report.PAGE}", file=sys.stderr)
+    else:
         _replace(folder / REMOVED, json.dumps(screened.removed))
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.join_processes(given)
         screened = gate.screen(config, run_dir)
         if screened.halted:
-            gate.write(run_dir / gate.FOLDER, screened)
+            gate.write(run_dir / gate.FOLDER / "refused", screened)  # the run's own report stays
             multihost.shutdown()
             return cli.HALTED
         session = open_session(config, screened.domains)

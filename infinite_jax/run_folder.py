@@ -73,7 +73,10 @@ def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] =
     """
     path = folder / "config.yaml"
     data, provenance, _ = _read(path)
-    saved = schema.build(Config, data)
+    try:
+        saved = schema.build(Config, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: an earlier version wrote it: continue the run with that version") from error
     if schema.config_hash(saved) != provenance["config_hash"]:
         raise ValueError(f"{path}: edited since the run began (hash differs): undo the edit, or start another run")
     config = schema.override(saved, overrides)

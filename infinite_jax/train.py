@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_dir = run_folder.choose(config)
         screened = gate.screen(config)
         session = None if screened.halted else open_session(config, screened.domains)
+        gate.write(run_dir / gate.FOLDER, screened)  # before config.yaml, with which the folder is a run
         if session:
             run_folder.claim(run_dir, config, session.data_sha256)
-        gate.write(run_dir / gate.FOLDER, screened)
     if session is None:
         multihost.shutdown()
         return cli.HALTED

@@ -144,3 +144,15 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(capsys):
     with pytest.raises(SystemExit) as ended, cli.bad_input():
         raise ValueError("first\nsecond")
     assert ended.value.code == 2 and capsys.readouterr().err == "error: first second\n"
+
+
+def test_a_run_finds_its_files_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tools.json", "mine.py"):
+        (tmp_path / name).write_text("")
+    config = compose_config("config", None, [])
+    names = ("tools,use=calculator,file=tools.json,show=no", "mine.py", "tools,file=none.json", "eq")
+    domains = [dataclasses.replace(config.domains[0], environment=name) for name in names]
+    found = schema.located(dataclasses.replace(config, domains=tuple(domains))).domains
+    expected = [f"tools,use=calculator,file={tmp_path}/tools.json,show=no", f"{tmp_path}/mine.py", *names[2:]]
+    assert [domain.environment for domain in found] == expected

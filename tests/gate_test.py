@@ -127,6 +127,7 @@ def test_a_run_trains_without_the_matched_rows_and_so_does_its_continuation(mine
     assert before.items() <= yaml.safe_load((run / "config.yaml").read_text())["provenance"]["data_sha256"].items()
     actions = {match["train_id"]: match["action"] for match in report(run)["matches"]}
     assert actions["b/train/0"] == "kept: trained on already" and actions["c/train/0"] == "removed"
+    assert actions["a/train/3"] == "removed"  # before the run began
 
 
 @pytest.mark.slow

@@ -129,16 +129,19 @@ def once(cache: dict, config: Config, folder: Path, seed: int) -> None:
     changes = dict(seed=seed, dir=str(folder), checkpoint_every=0)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
     key = (config.model, config.domains, config.mesh, config.algorithm.prompt_buckets)
+    key += (config.curriculum.difficulty, config.contamination)
     if key not in cache:
         cache.clear()
         set_up_runtime(config)
         screened = gate.screen(config)
         if screened.halted:
+            gate.write(folder / gate.FOLDER, screened)
             raise SystemExit(cli.HALTED)
         loaded, params = load(config, screened.domains)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-        cache[key] = loaded, jax.device_get(params), shardings  # on the host: a run's steps donate its copy
-    loaded, params, shardings = cache[key]
+        cache[key] = loaded, jax.device_get(params), shardings, screened  # on the host: a run's steps donate its copy
+    loaded, params, shardings, screened = cache[key]
+    gate.write(folder / gate.FOLDER, screened)
     session = assemble(config, loaded, jax.device_put(params, shardings))
     run_folder.save_config(folder, config, session.data_sha256)
     with session:
