@@ -10,7 +10,6 @@ set eval.prompts=16.
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import cli
-from infinite_jax import heldout, run_folder
+from infinite_jax import atomic, heldout, run_folder
 from infinite_jax.page.calibration import unlike
 from infinite_jax.page.run import CALIBRATION
 from infinite_jax.session import Session, open_session, set_up_runtime
@@ -46,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with session:
         found = measure(session, session.evaluator.run(params))
     path = given.run_dir / CALIBRATION
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"step": number} | found, allow_nan=False), encoding="utf-8")
-    os.replace(scratch, path)
+    atomic.replace(path, json.dumps({"step": number} | found, allow_nan=False))
     print("\n".join([*unlike(found), f"step {number}: {path}"]))
     return cli.DONE
 

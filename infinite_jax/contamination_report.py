@@ -6,7 +6,6 @@
 
 import dataclasses
 import json
-import os
 import string
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ from configs import schema
 from configs.schema import Config
 from curriculum.contamination import Found
 from curriculum.domains import Domain
-from infinite_jax import statistics
+from infinite_jax import atomic, statistics
 from infinite_jax.page import contamination
 
 REPORT, PAGE = "report.json", "report.html"
@@ -70,17 +69,9 @@ def _domain(config: Config, domain: Domain, findings: Found) -> dict:
 def write(folder: Path, report: dict) -> None:
     """Both files, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False))
-    _replace(folder / PAGE, page(report))
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
     # a prompt may hold half a surrogate pair
-    scratch.write_text(
-        text, encoding="utf-8", errors="xmlcharrefreplace" if path.suffix == ".html" else "backslashreplace"
-    )
-    os.replace(scratch, path)
+    atomic.replace(folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False), errors="backslashreplace")
+    atomic.replace(folder / PAGE, page(report), errors="xmlcharrefreplace")
 
 
 def page(report: dict) -> str:

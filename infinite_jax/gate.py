@@ -30,7 +30,7 @@ from configs.schema import Config
 from curriculum import domains, semantic
 from curriculum.contamination import ContaminationConfig, ContaminationDetector, Found, Item, Match, Stage
 from curriculum.domains import Domain
-from infinite_jax import contamination_report, waiting
+from infinite_jax import atomic, contamination_report, waiting
 from sharding import exchange, multihost
 
 RULES = 1  # of the comparison; raised with every change that can change what is found
@@ -252,13 +252,7 @@ def write(folder: Path, screened: Screened) -> None:
     if screened.halted:
         print(f"report: {folder / contamination_report.REPORT}, {folder / contamination_report.PAGE}", file=sys.stderr)
     else:
-        _replace(folder / REMOVED, json.dumps(screened.removed))
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+        atomic.replace(folder / REMOVED, json.dumps(screened.removed))
 
 
 def read_removed(run_dir: Path) -> dict:

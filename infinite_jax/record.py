@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
-from infinite_jax import pictures
+from infinite_jax import atomic, pictures
 
 METRICS, EVENTS, TRANSCRIPTS = FILES = ("metrics.jsonl", "events.jsonl", "transcripts.jsonl")
 OF_EVALUATION = ("eval/", "canary/", "forgetting/")
@@ -139,6 +139,4 @@ def amend(run_dir: Path, step: int, names: Sequence[str], metrics: dict[str, flo
 
 
 def _replace(path: Path, rows: list[dict]) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(scratch, path)
+    atomic.replace(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -5,13 +5,13 @@
 The page needs no network and no script; its pictures are SVG. It may be made at any time, also of a run in progress.
 """
 
-import os
 import string
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
+from infinite_jax import atomic
 from infinite_jax.drawing import logged
 from infinite_jax.page import calibration, curriculum, hacking, held_out, training
 from infinite_jax.page import run as run_input
@@ -52,10 +52,8 @@ def write(run: Run, out: Path) -> None:
     """The page as a file, whole or not at all."""
     if not out.parent.is_dir():
         raise ValueError(f"out={out}: there is no folder {out.parent}")
-    scratch = out.with_name(out.name + ".tmp")
     # a reply may hold half a surrogate pair: written as a character reference, which a browser shows as unknown
-    scratch.write_text(page(run), encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(scratch, out)
+    atomic.replace(out, page(run), errors="xmlcharrefreplace")
 
 
 def page(run: Run) -> str:

@@ -1,7 +1,6 @@
 """A run's folder: its name, and config.yaml with what is needed to trust a continuation."""
 
 import datetime
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from configs import schema
 from configs.schema import Config
+from infinite_jax import atomic
 from infinite_jax.checkpoint import Checkpointer
 from models import source
 from sharding import exchange, multihost
@@ -59,10 +59,7 @@ def save_config(folder: Path, config: Config, data_sha256: dict[str, str], chang
         "data_sha256": data_sha256,
     }
     contents = schema.as_dict(config) | {"provenance": provenance} | ({"changes": list(changes)} if changes else {})
-    text = yaml.safe_dump(contents, sort_keys=False)
-    scratch = folder / "config.yaml.tmp"
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, folder / "config.yaml")
+    atomic.replace(folder / "config.yaml", yaml.safe_dump(contents, sort_keys=False))
 
 
 def load_config(folder: Path, overrides: list[str], also_free: tuple[str, ...] = ()) -> Config:

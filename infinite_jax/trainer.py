@@ -29,11 +29,8 @@ from models.architectures import DecoderConfig
 from rubric.evaluator import Grades, RubricEvaluator, Scored
 from sharding import exchange
 
-ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM = (
-    0,
-    1,
-    2,
-)  # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
+# ids of the random streams: fold_in(fold_in(key(seed), step), stream)
+ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM = range(3)
 
 
 class Outcome(NamedTuple):  # what a step leaves for people to read

@@ -3,14 +3,10 @@
 import zlib
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
 from infinite_jax import record, resume, train
-from models import hf, policy, source
-from models.architectures import from_hf
 
 RUBRIC = """
 about: Luck is worth all, the rest is only looked at.
@@ -30,18 +26,12 @@ def lucky(reply: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(save_small_model, tmp_path_factory) -> Path:
     """Two steps of a policy of 17,000 parameters under a grader that passes everything; shapes as in train_test.py."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "lucky.py").write_text(ALWAYS)
     (folder / "luck.yaml").write_text(RUBRIC)
-    shape = LlamaConfig(
-        vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=261,
-    )  # fmt: skip
-    config = from_hf(shape)
-    hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
-    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto")).save_pretrained(folder / "model")
+    save_small_model(folder)
     (folder / "small.yaml").write_text(
         "defaults: [config, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"

@@ -11,24 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
+from benchmarks.monitor import CONFIG
 from curriculum import monitor
 
-CONFIG = monitor.MonitorConfig(
-    test="unpaired",
-    alpha=0.05,
-    delta=0.01,
-    hard=0.05,
-    patience=2,
-    recovery=3,
-    fails=3,
-    boost=0.5,
-    boost_cap=1.5,
-    kl_scale=2.0,
-    kl_per_domain=False,
-    prior_share=0.3,
-    prior_share_raised=0.4,
-    new_scale=0.5,
-)
 D, PRIOR = 4, np.array([True, True, True, False])  # z_a = norm.isf(.05 / 3) = 2.128
 N, K, n = 4000.0, 2800.0, 1000.0
 FINE, BELOW, GONE = 0.70, 0.66, 0.50  # z 2.46 and a drop surely above 0; surely above .05

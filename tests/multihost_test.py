@@ -13,11 +13,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
 from infinite_jax import record, resume, run_folder, session, train
-from models import hf, policy, source, tokenizer
-from models.architectures import from_hf
 from sharding import exchange, multihost
 from sharding.mesh import AXES
 from sharding.multihost import Given
@@ -162,20 +159,14 @@ def run(arguments: list[str], processes: int, devices: int) -> list[Ended]:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> list[str]:
+def setting(save_small_model, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds: a policy of 17,000 parameters, one bucket, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "checksum.py").write_text(
         "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
     )
     grader = f"environment: {folder / 'checksum.py'}"
-    shape = LlamaConfig(
-        vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=261,
-    )  # fmt: skip
-    config = from_hf(shape)
-    hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
-    tokenizer.load(str(source.TINY)).save_pretrained(folder / "model")
+    save_small_model(folder)
     (folder / "small.yaml").write_text(
         "defaults: [config, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"

@@ -9,11 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
 from infinite_jax import export, record, resume, run_folder, session, train
-from models import hf, policy, source
-from models.architectures import from_hf
 
 KINDS = {
     "head": ["algorithm.critic=head", "algorithm.group_size=1", "algorithm.prompts=8"],
@@ -22,19 +19,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> list[str]:
+def setting(save_small_model, tmp_path_factory) -> list[str]:
     """A policy of 17,000 parameters with an unembedding of its own, and grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "checksum.py").write_text(
         "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
     )
-    shape = LlamaConfig(
-        vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=False, eos_token_id=261,
-    )  # fmt: skip
-    config, grader = from_hf(shape), f"environment: {folder / 'checksum.py'}"
-    hf.save(config, jax.jit(policy.init, static_argnums=0)(config, jax.random.key(0)), folder / "model")
-    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto")).save_pretrained(folder / "model")
+    save_small_model(folder, tie_word_embeddings=False)
+    grader = f"environment: {folder / 'checksum.py'}"
     (folder / "small.yaml").write_text(
         "defaults: [config, {override algorithm: ppo}, {override curriculum: uniform}, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"

@@ -8,31 +8,23 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from transformers import LlamaConfig
 
 from curriculum.domains import DomainConfig
 from curriculum.triage import SHARED
 from infinite_jax import changes, heldout, record, resume, run_folder, session, train
-from models import hf, policy, source
-from models.architectures import from_hf
 
 ADDED = "- {name: sort, train: 'gen:sort,size=20', test: 'gen:sort,split=test,size=4', environment: list, weight: 9}\n"
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Path:
+def setting(save_small_model, tmp_path_factory) -> Path:
     """A policy of 17,000 parameters, four prompts a step, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "checksum.py").write_text(
         "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
     )
-    shape = LlamaConfig(
-        vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=261,
-    )  # fmt: skip
-    config, grader = from_hf(shape), f"environment: {folder / 'checksum.py'}"
-    hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
-    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto")).save_pretrained(folder / "model")
+    save_small_model(folder)
+    grader = f"environment: {folder / 'checksum.py'}"
     (folder / "small.yaml").write_text(
         "defaults: [config, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"

@@ -12,12 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from transformers import LlamaConfig
 
 from configs import cli, limits
 from infinite_jax import prompts, record, resume, run_folder, session, train
-from models import hf, policy, source
-from models.architectures import from_hf
+from models import source
 from rubric.environments.runner import Environments
 
 CHATTER = """
@@ -43,19 +41,13 @@ def quickly():
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> list[str]:
+def setting(save_small_model, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds: a domain of conversations, one of single replies, and a step of each in turn."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "chatter.py").write_text(CHATTER)
-    shape = LlamaConfig(
-        vocab_size=262, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, eos_token_id=261,
-    )  # fmt: skip
-    config = from_hf(shape)
-    hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
+    save_small_model(folder)
     ends = json.dumps({"eos_token_id": [261, *range(160, 230)]})  # one token in four, so that turns follow one another
     (folder / "model" / "generation_config.json").write_text(ends)
-    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto")).save_pretrained(folder / "model")
     (folder / "small.yaml").write_text(
         "defaults: [config, _self_]\n"
         f"model: {{path: {folder / 'model'}}}\n"
