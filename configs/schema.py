@@ -22,6 +22,7 @@ from curriculum import suites
 from curriculum.contamination import ContaminationConfig
 from curriculum.domains import DomainConfig
 from curriculum.policies import CurriculumConfig
+from curriculum.upgrade import UpgradeConfig
 from models.source import ModelConfig
 from rubric.anchor_keeper import AnchorConfig
 from rubric.evaluator import RubricConfig
@@ -103,6 +104,7 @@ class Config:
     rubric: RubricConfig
     anchors: AnchorConfig
     contamination: ContaminationConfig
+    upgrade: UpgradeConfig
     algorithm: AlgorithmConfig
     eval: EvalConfig
     mesh: MeshConfig

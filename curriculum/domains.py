@@ -37,6 +37,7 @@ class DomainConfig:
     rubric: str | None = None  # None = the environment's own
     weight: float = 1.0  # above 0; multiplies the domain's share
     new: bool = False  # in an upgrade: to be learned, not to be kept
+    kl: float = 1.0  # factor on algorithm.kl_coef for this domain's rows
     eval_only: bool = False  # no training prompts, share 0
     arrives: int = 0  # first step that may train on it
     retires: int | None = None  # first step that no longer does; None = never

@@ -1,0 +1,39 @@
+"""Upgrade: new domains for a model M0 that has others already, whose data may be gone.
+
+M0 is the KL anchor. New and prior domains have a share of every batch each, and within its share each kind has a queue
+and a floor of its own; a new domain starts with a small learning rate. What a drop of a prior domain does, the monitor
+says (curriculum/monitor.py).
+"""
+
+from dataclasses import dataclass
+
+from curriculum.config import finite, require
+from curriculum.monitor import MonitorConfig
+
+
+@dataclass(frozen=True)
+class UpgradeConfig:
+    """How a model is upgraded. Raises ValueError naming upgrade.<key> on an impossible value."""
+
+    active: bool  # whether this run is an upgrade: `python -m infinite_jax.upgrade` sets it
+    baseline: int  # M0 is tried on so many times the prompts of an evaluation (eval.prompts), where the tests have them
+    least_kl: float  # algorithm.kl_coef, times a domain's `kl`, may not be less
+    split: bool  # new and prior domains have shares of their own (monitor.prior_share); false: one queue for all
+    new_floor: float  # part of the new domains' share spread evenly over them
+    prior_floor: float  # part of the prior domains' share spread evenly over those with prompts
+    ramp_start: float  # learning rate of a new domain at its first step, relative to the others'
+    ramp_steps: int  # until it is theirs; 0 = at once
+    watch: bool  # act on the monitor; false: its readings are logged only
+    monitor: MonitorConfig
+
+    def __post_init__(self):
+        part = "must be at least 0 and below 1"
+        checks = (
+            ("baseline", self.baseline >= 1, "must be at least 1 (4: M0's error is then half of an evaluation's)"),
+            ("least_kl", finite(self.least_kl), "must be at least 0 (0 = any)"),
+            ("new_floor", 0 <= self.new_floor < 1, part),
+            ("prior_floor", 0 <= self.prior_floor < 1, part),
+            ("ramp_start", 0 < self.ramp_start <= 1, "must be above 0 and at most 1 (1 = no ramp)"),
+            ("ramp_steps", self.ramp_steps >= 0, "must be at least 0 steps"),
+        )
+        require(self, "upgrade", checks)
