@@ -1,7 +1,7 @@
 """The same GRPO run here and with TRL's GRPOTrainer: one domain; model, prompts in order, loss and numbers alike.
 
     python -m benchmarks.parity run OUT [--only ours,trl] [--config-name bench12] [--domain NAME] [--steps N]
-                                        [--seeds N] [key=value ...]
+                                        [--seeds 0,1,2] [key=value ...]
     python -m benchmarks.parity table OUT            reads OUT/<who>-<seed>.json: a table, curves OUT/parity.png
 
 Both sides: reward (grade - 1) / 3 from the same grader; advantage r - mean of the group, tokens weighted alike over the
@@ -175,7 +175,7 @@ def check_same_ids(text, order: list[prompts.Prompt], config: Config) -> None:
 
 def run(given: argparse.Namespace) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(given.seeds):
+    for seed in map(int, given.seeds.split(",")):
         for who in given.only.split(","):
             path = given.out / f"{who}-{seed}.json"
             if path.is_file():
@@ -236,7 +236,7 @@ def main() -> None:
     arguments.add_argument("--config-name", default="bench12")
     arguments.add_argument("--domain", default="products")
     arguments.add_argument("--steps", type=int, default=100)
-    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--seeds", default="0,1,2", help="separated by commas")
     arguments.add_argument("overrides", nargs="*", metavar="key=value")
     given = arguments.parse_intermixed_args()
     run(given) if given.verb == "run" else table(given.out)

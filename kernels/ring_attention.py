@@ -206,7 +206,7 @@ class _Call(NamedTuple):
         return _merge(lo, (o_b, lse_lo)), _merge(_merge(hi, (o_a, lse_a)), (o_b, lse_hi))
 
     def backward(self, queries: _Queries, keys: _Keys):
-        """dq [R, T, H, D], dk, dv [R, S, K, D], float32 or, if nothing was added, as the block left them."""
+        """dq [R, T, H, D], float32, dk, dv [R, S, K, D] in the keys' dtype; without a ring as the block left them."""
         if self.devices == 1:
             return self.block.backward(queries.q, *keys[:2], *queries[1:], self.mask, self.scale)
 
@@ -221,8 +221,9 @@ class _Call(NamedTuple):
                 found = tuple(map(self.pieces, found))
             return jax.tree.map(_add, total, found) if step else _float32(found)
 
-        dq, *d_keys = self.travel(keys, None, visit)
-        return tuple(jnp.concatenate(x, 1) for x in (dq, *self.passed_on(tuple(d_keys))))
+        dq, *d_keys = (jnp.concatenate(x, 1) for x in self.travel(keys, None, visit))
+        # nothing is added after the last hop, and nothing hides it: the sums travel in the dtype they are returned in
+        return dq, *self.passed_on(tuple(x.astype(keys.k.dtype) for x in d_keys))
 
     def backward_pair(self, queries: _Queries, keys: _Keys, step: int):
         """Gradients of q, k and v as (lo, hi)."""
