@@ -5,6 +5,8 @@
 bfloat16, causal, heads 9 of 3 keys at head dimension 64 and 16 of 8 at 128; as many rows as make --tokens tokens.
 Blocks run as training runs them, through ring_attention with one device. TFLOP/s count 4 T^2 / 2 operations a head and
 element of it forward, 2.5 times that backward; of packed rows (segments of random length) the pairs within segments.
+Times are of --layers layers of attention one after another, each with its own keys and values, in one program (torch:
+one autograd graph), over their number: as in a model, and with 1 as calls on their own, the way into them included.
 Errors are against dense float32 attention at --small tokens. torch runs first, in a child process, on its own inputs.
 --sweep times mgpu with other tiles instead.
 """
@@ -26,6 +28,7 @@ from kernels.ring_attention import Part, ring_attention
 
 HEADS = {64: (9, 3), 128: (16, 8)}
 SIZES = {"lengths": "2k,4k,8k,16k,32k", "tokens": "32k", "small": 1024, "blocks": "cudnn,mgpu,xla", "xla-most": "8k"}
+SIZES |= {"layers": 4}
 TINY = {"lengths": "128,256", "tokens": "256", "small": 128, "blocks": "xla"}
 COLUMNS = ["rows", "D", "T", "attention", "fwd TFLOP/s", "fwd+bwd TFLOP/s", "fwd ms", "fwd+bwd ms"]
 COLUMNS += ["error o", "dq", "dk", "dv", "not run"]
@@ -55,42 +58,49 @@ def dense(scale: float, q, k, v, segments):
 
 
 def both_ways(attend):
-    """(forward, forward and backward) as compiled functions of q, k, v, do, segments."""
+    """(forward, forward and backward) as compiled functions of q, do, segments and the (k, v) of each layer."""
 
-    def backward(q, k, v, do, segments):
-        o, pull = jax.vjp(lambda *x: attend(*x, segments), q, k, v)
+    def forward(q, segments, layers):
+        for k, v in layers:
+            q = attend(q, k, v, segments)
+        return q
+
+    def backward(q, do, segments, layers):
+        o, pull = jax.vjp(lambda q, layers: forward(q, segments, layers), q, layers)
         return o, *pull(do.astype(o.dtype))
 
-    return jax.jit(lambda q, k, v, do, segments: attend(q, k, v, segments)), jax.jit(backward)
+    return jax.jit(lambda q, do, segments, layers: forward(q, segments, layers)), jax.jit(backward)
 
 
-def inputs(rows: int, length: int, head_dim: int, packed: bool):
-    """q, k, v, do, segments or None, and the pairs of query and key of all rows that count."""
+def inputs(rows: int, length: int, head_dim: int, packed: bool, layers: int):
+    """(q, do, segments or None, (k, v) of each layer), and the pairs of query and key of all rows that count."""
     H, K = HEADS[head_dim]
-    shapes = [(rows, length, heads, head_dim) for heads in (H, K, K, H)]
-    arrays = normal(length + head_dim, jnp.bfloat16, *shapes)
-    if not packed:
-        return *arrays, None, rows * length * length / 2
-    rng = np.random.default_rng(length)
-    cuts = rng.random((rows, length)) < 16 / length  # 16 segments a row on average
-    segments = np.cumsum(cuts, 1)
-    sizes = [np.bincount(row) for row in segments]
-    return *arrays, jnp.asarray(segments, jnp.int32), float(sum((size.astype(float) ** 2).sum() for size in sizes) / 2)
+    shapes = [(rows, length, heads, head_dim) for heads in (H, H, *[K] * 2 * layers)]
+    q, do, *kv = normal(length + head_dim, jnp.bfloat16, *shapes)
+    segments, pairs = None, rows * length * length / 2
+    if packed:
+        rng = np.random.default_rng(length)
+        cuts = rng.random((rows, length)) < 16 / length  # 16 segments a row on average
+        segments = np.cumsum(cuts, 1)
+        sizes = [np.bincount(row) for row in segments]
+        pairs = float(sum((size.astype(float) ** 2).sum() for size in sizes) / 2)
+        segments = jnp.asarray(segments, jnp.int32)
+    return (q, do, segments, tuple(zip(kv[::2], kv[1::2]))), pairs
 
 
 def errors(attend, head_dim: int, small: int, packed: bool) -> list[float]:
-    *given, segments, _ = inputs(2, small, head_dim, packed)
-    scale = head_dim**-0.5
-    found = both_ways(functools.partial(attend, scale))[1](*given, segments)
-    expected = both_ways(functools.partial(dense, scale))[1](*(x.astype(jnp.float32) for x in given), segments)
-    return [relative(a, b) for a, b in zip(found, expected)]
+    (q, do, segments, layers), _ = inputs(2, small, head_dim, packed, 1)
+    scale, exact = head_dim**-0.5, jax.tree.map(lambda x: x.astype(jnp.float32), (q, do, layers))
+    found = both_ways(functools.partial(attend, scale))[1](q, do, segments, layers)
+    expected = both_ways(functools.partial(dense, scale))[1](*exact[:2], segments, exact[2])
+    return [relative(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))]
 
 
-def time_one(attend, head_dim: int, length: int, rows: int, repeats: int, packed: bool) -> list[float]:
-    """TFLOP/s forward, forward and backward; milliseconds of both."""
-    *given, pairs = inputs(rows, length, head_dim, packed)
+def time_one(attend, head_dim: int, length: int, rows: int, repeats: int, packed: bool, layers: int) -> list[float]:
+    """TFLOP/s forward, forward and backward; milliseconds of both, a layer."""
+    given, pairs = inputs(rows, length, head_dim, packed, layers)
     run, run_both = both_ways(functools.partial(attend, head_dim**-0.5))
-    times = [seconds(lambda f=f: f(*given), repeats) for f in (run, run_both)]
+    times = [seconds(lambda f=f: f(*given), repeats) / layers for f in (run, run_both)]
     flops = 4 * pairs * HEADS[head_dim][0] * head_dim
     return [flops * share / t / 1e12 for share, t in zip((1, 3.5), times)] + [1e3 * t for t in times]
 
@@ -132,9 +142,9 @@ def sweep_contenders() -> dict:
     return {f"mgpu {tuple(sizes)}": functools.partial(ours, sized(sizes)) for sizes in tiles}
 
 
-def torch_rows(cases, repeats: int, small: int) -> list[list]:
+def torch_rows(cases, repeats: int, small: int, layers: int) -> list[list]:
     """Of benchmarks/kernels_torch.py, in a process of its own: two frameworks share no memory pool."""
-    command = [sys.executable, "-m", "benchmarks.kernels_torch", json.dumps([cases, repeats, small])]
+    command = [sys.executable, "-m", "benchmarks.kernels_torch", json.dumps([cases, repeats, small, layers])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return [["whole", None, None, "torch SDPA", *[None] * 8, done.stderr.strip().splitlines()[-1][:160]]]
@@ -150,9 +160,9 @@ def main() -> None:
     given = arguments("benchmarks.kernels", __doc__, SIZES, TINY, also)
     tokens = numbers(given.tokens)[0]
     cases = [(D, T, max(1, tokens // T)) for D, T in itertools.product(HEADS, numbers(given.lengths))]
-    rows = (
-        [] if given.no_torch or given.sweep else torch_rows([(*case, HEADS[case[0]]) for case in cases], 5, given.small)
-    )
+    rows = []
+    if not (given.no_torch or given.sweep):
+        rows = torch_rows([(*case, HEADS[case[0]]) for case in cases], 5, given.small, given.layers)
     for row in rows:
         print(row, flush=True)
     found = sweep_contenders() if given.sweep else contenders(given.blocks.split(","))
@@ -163,7 +173,7 @@ def main() -> None:
             for _, T, number in [case for case in cases if case[0] == D]:
                 measured = None
                 if wrong and (not name.endswith("xla") or numbers(given.xla_most)[0] >= T):
-                    run = functools.partial(time_one, attend, D, T, number, given.repeats, packed)
+                    run = functools.partial(time_one, attend, D, T, number, given.repeats, packed, given.layers)
                     measured, why = attempt(run)
                 kind = "packed" if packed else "whole"
                 row = [kind, D, T, name, *(measured or [None] * 4), *(wrong or [None] * 4), None if measured else why]

@@ -1,6 +1,6 @@
 """torch's SDPA for benchmarks/kernels.py, which starts this and reads the last line: a JSON list of its rows.
 
-python -m benchmarks.kernels_torch '[[[D, T, rows, [H, K]], ...], repeats, small]'
+python -m benchmarks.kernels_torch '[[[D, T, rows, [H, K]], ...], repeats, small, layers]'
 """
 
 import json
@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 BACKENDS = {"torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "torch SDPA flash": SDPBackend.FLASH_ATTENTION}
 
 
-def inputs(rows: int, heads, length: int, head_dim: int):
-    """q, k, v, do [B, H, T, D] that lie as [B, T, H, D]."""
+def inputs(rows: int, heads, length: int, head_dim: int, layers: int = 1):
+    """q, do, k, v, k, v, ...: [B, H, T, D] that lie as [B, T, H, D]."""
     H, K = heads
-    shapes = [(rows, length, n, head_dim) for n in (H, K, K, H)]
+    shapes = [(rows, length, n, head_dim) for n in (H, H, *[K] * 2 * layers)]
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes]
 
 
@@ -25,10 +25,16 @@ def attend(q, k, v):
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def gradients(q, k, v, do, attend=attend):
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = attend(q, k, v)
-    return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
+def forward(q, *kv, attend=attend):
+    for k, v in zip(kv[::2], kv[1::2]):
+        q = attend(q, k, v)
+    return q
+
+
+def gradients(q, do, *kv, attend=attend):
+    q, *kv = (x.detach().requires_grad_() for x in (q, *kv))
+    o = forward(q, *kv, attend=attend)
+    return o.detach(), *torch.autograd.grad(o, (q, *kv), do)
 
 
 def dense(q, k, v):
@@ -59,26 +65,26 @@ def milliseconds(run, repeats: int) -> float:
     return statistics.median(found)
 
 
-def measure(name, backend, case, repeats: int, small: int) -> list:
+def measure(name, backend, case, repeats: int, small: int, layers: int) -> list:
     D, T, rows, heads = case
     try:
         with sdpa_kernel(backend):
             wrong = errors(heads, small, D)
-            q, k, v, do = inputs(rows, heads, T, D)
+            q, do, *kv = inputs(rows, heads, T, D, layers)
             with torch.no_grad():
-                forward = milliseconds(lambda: attend(q, k, v), repeats)
-            both = milliseconds(lambda: gradients(q, k, v, do), repeats)
+                alone = milliseconds(lambda: forward(q, *kv), repeats) / layers
+            both = milliseconds(lambda: gradients(q, do, *kv), repeats) / layers
     except RuntimeError as error:
         return ["whole", D, T, name, *[None] * 8, str(error).splitlines()[0][:160]]
     flops = 4 * rows * T * T / 2 * heads[0] * D
-    return ["whole", D, T, name, flops / forward / 1e9, 3.5 * flops / both / 1e9, forward, both, *wrong, None]
+    return ["whole", D, T, name, flops / alone / 1e9, 3.5 * flops / both / 1e9, alone, both, *wrong, None]
 
 
 def main() -> None:
-    cases, repeats, small = json.loads(sys.argv[1])
+    cases, repeats, small, layers = json.loads(sys.argv[1])
     if not torch.cuda.is_available():
         raise SystemExit("torch has no CUDA here")
-    print(json.dumps([measure(*which, case, repeats, small) for case in cases for which in BACKENDS.items()]))
+    print(json.dumps([measure(*which, case, repeats, small, layers) for case in cases for which in BACKENDS.items()]))
 
 
 if __name__ == "__main__":
