@@ -131,13 +131,14 @@ def dense(seen, scale: float, q, k, v, _):
 def measure(make_block, mask, seen, length: int, small: bool, repeats: int):
     """Four errors if the length is small, else None; milliseconds, TFLOP/s."""
     D, (H, K) = 128, HEADS[128]
-    given = normal(0, jnp.bfloat16, *((ROWS, length, heads, D) for heads in (H, K, K, H)))
+    q, k, v, do = normal(0, jnp.bfloat16, *((ROWS, length, heads, D) for heads in (H, K, K, H)))
+    given = q, do, None, ((k, v),)
     run, run_both = both_ways(functools.partial(attend, make_block(), mask, D**-0.5))
     wrong = [None] * 4
     if small:
-        expected = both_ways(functools.partial(dense, jnp.asarray(seen()), D**-0.5))[1](*given, None)
-        wrong = [relative(a, b) for a, b in zip(run_both(*given, None), expected)]
-    times = [seconds(lambda f=f: f(*given, None), repeats) for f in (run, run_both)]
+        expected = both_ways(functools.partial(dense, jnp.asarray(seen()), D**-0.5))[1](*given)
+        wrong = [relative(a, b) for a, b in zip(jax.tree.leaves(run_both(*given)), jax.tree.leaves(expected))]
+    times = [seconds(lambda f=f: f(*given), repeats) for f in (run, run_both)]
     pairs = float(np.broadcast_to(seen(), (ROWS, length, length)).sum())
     return [*wrong, *(1e3 * x for x in times), 3.5 * 4 * pairs * H * D / times[1] / 1e12]
 
