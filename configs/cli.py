@@ -87,11 +87,13 @@ def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> s
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"--config-dir {folder}: no such folder")
     GlobalHydra.instance().clear()
-    if folder is None:
-        context, search = initialize_config_module("configs", version_base="1.3"), []
-    else:
+    # Hydra looks for NAME where it is initialised only; the other place adds files of groups, of names of their own
+    if folder is not None and (Path(folder) / f"{name.removesuffix('.yaml')}.yaml").is_file():
         context = initialize_config_dir(str(Path(folder).absolute()), version_base="1.3")
         search = ["hydra.searchpath=[pkg://configs]"]
+    else:
+        context = initialize_config_module("configs", version_base="1.3")
+        search = [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder is not None else []
     try:
         with context:
             composed = compose(name.removesuffix(".yaml"), overrides=[*overrides, *search])

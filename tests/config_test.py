@@ -156,3 +156,11 @@ def test_a_run_finds_its_files_from_anywhere(tmp_path, monkeypatch):
     found = schema.located(dataclasses.replace(config, domains=tuple(domains))).domains
     expected = [f"tools,use=calculator,file={tmp_path}/tools.json,show=no", f"{tmp_path}/mine.py", *names[2:]]
     assert [domain.environment for domain in found] == expected
+
+
+def test_a_folder_may_add_files_to_groups_and_leave_the_base_to_the_package(tmp_path):
+    (tmp_path / "curriculum").mkdir()
+    (tmp_path / "curriculum" / "mine.yaml").write_text("defaults: [recommended, _self_]\nepsilon: 0.25\n")
+    config = compose_config("bench12", str(tmp_path), ["curriculum=mine"])
+    assert config.curriculum.epsilon == 0.25 and config.curriculum.policy == "recommended"
+    assert config.run.name == "bench12"
