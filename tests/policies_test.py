@@ -26,7 +26,9 @@ FREE = tuple(name for name in NAMES if name != "sequential")  # where several do
 
 @functools.cache
 def config(name: str, **changes) -> CurriculumConfig:
-    return dataclasses.replace(compose_config("config", None, [f"curriculum={name}"]).curriculum, **changes)
+    """The policy's file, its shares counted in prompts unless asked otherwise: so that they are those of the draw."""
+    chosen = compose_config("config", None, [f"curriculum={name}"]).curriculum
+    return dataclasses.replace(chosen, **{"capacity": "prompts"} | changes)
 
 
 @functools.cache
