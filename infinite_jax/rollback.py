@@ -123,11 +123,9 @@ def _put_away(run_dir: Path, entry: dict, step: int) -> None:
     names = [(name, run_dir / name.replace(".jsonl", f".{suffix}.jsonl")) for name in record.FILES]
     names.sort(key=lambda pair: pair[0] == record.METRICS)  # last: where it is, all the others are
     if not names[-1][1].exists():
-        folder = run_dir / "evaluations" / suffix
         for path in sorted((run_dir / "evaluations").glob("*.npz")):
             if int(path.stem) > step:
-                folder.mkdir(exist_ok=True)
-                os.replace(path, folder / path.name)
+                _move(path, path.parent / suffix)
         for name, target in names:
             record.replace(target, [row for row in record.read(run_dir / name) if row["step"] > step])
     event = {"step": step, "kind": KIND, "what": entry["kind"]}
@@ -137,6 +135,11 @@ def _put_away(run_dir: Path, entry: dict, step: int) -> None:
         if name == record.EVENTS:
             kept = [row for row in kept if row != event] + [event]
         record.replace(run_dir / name, kept)
+
+
+def _move(path: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    os.replace(path, folder / path.name)
 
 
 # ---- the human gate

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from configs import cli
-from infinite_jax import heldout, record, resume, rollback, run_folder, safety, session, train
+from infinite_jax import checkpoint, heldout, record, resume, rollback, run_folder, safety, session, train
 
 PRIOR = ("add", "seen")
 
@@ -164,3 +168,159 @@ def test_an_edited_review_is_refused(halted, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         resume.main([str(folder)])
     assert ended.value.code == 2 and "not what Ada signed" in capsys.readouterr().err
+
+
+# ---- killed on the way back
+
+
+class Killed(BaseException):
+    """No handler of the program sees it: what would have come next does not come."""
+
+
+ONCE = {(0, 4), (0, 6), (0, 8)}  # evaluated every second step: back from 8 to 2, and no further fall
+SHORT = ["run.steps=10", "run.eval_every=2"]
+
+
+@pytest.fixture(scope="module")
+def straight(setting, tmp_path_factory) -> Path:
+    """A run that goes back and is never killed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", Injured(ONCE))
+        assert begin(setting, folder, *SHORT) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def brink(setting, tmp_path_factory) -> Path:
+    """The same run, killed when it was about to write that it goes back."""
+    folder = tmp_path_factory.mktemp("runs") / "brink"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "evaluate", Injured(ONCE))
+        die_before(patch, rollback, "write")
+        begin(setting, folder, *SHORT)
+    return folder
+
+
+def die_before(patch, owner, name: str, nth: int = 0) -> None:
+    """The process ends where it would call owner.name for the nth time, counted from 0."""
+    real, calls = getattr(owner, name), []
+
+    def dying(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) > nth:
+            raise Killed
+        return real(*arguments, **named)
+
+    patch.setattr(owner, name, dying)
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    names = {path.name for path in b.glob("*.json*")}
+    assert {path.name for path in a.glob("*.json*")} == names >= {"safety.json", "metrics.attempt-0.jsonl"}
+    for name in names - {"safety.json", "anchors.jsonl"}:  # the graders are asked anew by every process
+        assert rows(a, name) == rows(b, name), name
+    assert rollback.journal(a) == rollback.journal(b)
+    for folder in ("evaluations", "evaluations/attempt-0"):
+        assert {path.name for path in (a / folder).iterdir()} == {path.name for path in (b / folder).iterdir()}
+    for x, y in zip(jax.tree.leaves(final_state(a)), jax.tree.leaves(final_state(b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def final_state(folder: Path):
+    with session.open_session(run_folder.load_config(folder, [])) as opened:
+        return run_folder.checkpoints(folder).restore(run_folder.abstract(opened.state))
+
+
+STAGES = {
+    "after the journal": (rollback, "go_back", 0),
+    "before newer checkpoints are moved": (checkpoint.Checkpointer, "retreat", 0),
+    "before anything is moved": (rollback, "_put_away", 0),
+    "amid the evaluations": (rollback, "_move", 1),
+    **{f"before file {n} of the rows": (record, "replace", n) for n in range(6)},
+    "before the state is complete": (rollback, "returned", 1),  # resume has called it once before
+    "before the next attempt": (train, "attempt", 1),
+    "in the next attempt, with a row and no checkpoint": (train, "save", 0),
+    "after its first checkpoint": (train, "save", 1),
+}
+
+
+@pytest.mark.slow
+def test_going_back_sets_back_all_but_the_monitor(straight):
+    """pytest -m slow tests/safety_test.py"""
+    assert tiers_evaluated(straight) == {0: 0, 2: 0, 4: 3, 6: 3, 8: 2, 10: 2}
+    given_up = record.read(straight / "metrics.attempt-0.jsonl")
+    assert [row["step"] for row in given_up] == [3, 4, 5, 6, 7, 8]
+    again = record.read(straight / "metrics.jsonl")[3]
+    assert (
+        again["tokens/total"] - again["tokens/generated"]
+        == given_up[0]["tokens/total"] - given_up[0]["tokens/generated"]
+    )
+    assert all(row["time/compilations"] == 0 for row in record.read(straight / "metrics.jsonl")[3:])
+    assert int(final_state(straight)[1].monitor.attempt) == 1
+
+
+def tiers_evaluated(folder: Path) -> dict[int, int]:
+    return {row["step"]: row["safety/tier"] for row in record.read(folder / "metrics.jsonl") if "safety/tier" in row}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_on_the_way_back_leads_to_the_same_run(straight, brink, tmp_path, stage):
+    """pytest -m slow tests/safety_test.py"""
+    folder = shutil.copytree(brink, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "evaluate", Injured(ONCE))
+        die_before(patch, *STAGES[stage])
+        resume.main([str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", Injured(ONCE))
+        assert resume.main([str(folder)]) == 0
+    assert_equal_runs(folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["after the journal", "amid the evaluations", "before file 3 of the rows", "review"])
+def test_a_kill_on_the_way_to_a_halt_leads_to_the_same_halt(setting, halted, tmp_path, capsys, stage):
+    """pytest -m slow tests/safety_test.py"""
+    stages = STAGES | {"after the journal": (rollback, "halted", 0), "review": (rollback, "_ask_for_review", 0)}
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "evaluate", Injured(HALTING))
+        write = rollback.write
+
+        def then_die(run_dir, entry):
+            write(run_dir, entry)
+            if entry["kind"] == "halt":
+                die_before(patch, *stages[stage])
+
+        patch.setattr(rollback, "write", then_die)
+        begin(setting, folder)
+    assert [entry["kind"] for entry in rollback.journal(folder)] == ["rollback", "halt"]
+    assert resume.main([str(folder)]) == 3
+    assert "halted at step 4" in capsys.readouterr().err
+    assert {path.name for path in folder.glob("*.json*")} == {path.name for path in halted.glob("*.json*")}
+    for path in halted.glob("*.jsonl"):
+        assert rows(folder, path.name) == rows(halted, path.name)
+    assert json.loads((folder / "review.json").read_text())["because"] == rollback.journal(halted)[1]["because"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_really_gone_leads_to_the_same_run(straight, brink, tmp_path):
+    """No handler, no close, no flush. pytest -m slow tests/safety_test.py"""
+    folder = shutil.copytree(brink, tmp_path / "run")
+    script = (
+        "import os, sys; sys.path.insert(0, 'tests'); import safety_test as t\n"
+        "t.train.evaluate = t.Injured(t.ONCE)\n"
+        "t.rollback.go_back = lambda *_: os._exit(9)\n"
+        f"t.resume.main([{str(folder)!r}])\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, timeout=300).returncode == 9
+    assert [entry["kind"] for entry in rollback.journal(folder)] == ["rollback"]
+    assert not (folder / "metrics.attempt-0.jsonl").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", Injured(ONCE))
+        assert resume.main([str(folder)]) == 0
+    assert_equal_runs(folder, straight)
