@@ -1,19 +1,28 @@
 """The monitor in a run: a collapse of a prior domain through all tiers, rollback, halt, refusal, approval, going on."""
 
+import dataclasses
 import hashlib
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from configs import cli
-from infinite_jax import checkpoint, heldout, record, resume, rollback, run_folder, safety, session, train
+from curriculum import monitor, triage
+from curriculum.domains import DomainConfig
+from infinite_jax import checkpoint, heldout, record, report, resume, rollback, run_folder, safety, session, train
+from infinite_jax.types import RunState
+from sharding import exchange
 
 PRIOR = ("add", "seen")
 
@@ -168,6 +177,99 @@ def test_an_edited_review_is_refused(halted, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         resume.main([str(folder)])
     assert ended.value.code == 2 and "not what Ada signed" in capsys.readouterr().err
+
+
+def test_the_report_shows_tiers_of_all_attempts_and_what_happened(halted, tmp_path):
+    report.main([str(halted), f"out={tmp_path / 'report.html'}"])
+    text = re.sub(r"<svg.*?</svg>", "", (tmp_path / "report.html").read_text(), flags=re.S)
+    text = html.unescape(" ".join(re.sub(r"<[^>]+>", " ", text[text.index('<section id="safety"') :]).split()))
+    for words in (
+        "z above 1.96",
+        "halted, waits for approval",
+        "attempts given up",
+        "add prior",
+        "0 2 violation add 1.000 → 0.000 on 8 prompts, z 6.32 > 1.96, hard",
+        "0 4 tier 2 → 3",
+        "1 4 rollback to step 1 add fell by 1.000",
+        "1 4 tier 3 → 4",
+        "2 4 halt to step 1",
+    ):
+        assert words in text, words
+    order = [text.index(words) for words in ("0 2 violation", "1 4 rollback", "1 4 tier 3", "2 4 halt")]
+    assert order == sorted(order)
+
+
+# ---- one evaluation
+
+
+def watching(*overrides, first=None) -> tuple[safety.Watch, RunState]:
+    """A watch over three domains, the last of them new, and the state at its start; M0 passed 32 of 32 prompts."""
+    names = ["a", "b", "c"]
+    config = cli.compose_config("config", None, ["upgrade.active=true", *overrides])
+    config = dataclasses.replace(config, domains=tuple(DomainConfig(n, "t", "t", new=n == "c") for n in names))
+    opened = types.SimpleNamespace(config=config, names=names)
+    mesh = jax.make_mesh((1,), ("data",))
+    leaves = exchange.replicated(mesh, {"boost": np.zeros(3, np.float32), "step": np.int32(0)})
+    curriculum = triage.init(config.curriculum, 0, triage.roster(3))._replace(**leaves)
+    start = jax.device_get(monitor.init(config.upgrade.monitor, 3))
+    baseline = dict.fromkeys(names, graded(32, 32))
+    return safety.Watch(opened, baseline, first), RunState(None, curriculum, None, None, start)
+
+
+def graded(passed: int, of: int) -> heldout.DomainResult:
+    return heldout.DomainResult(np.array([4.0] * passed + [1.0] * (of - passed), np.float32), None)
+
+
+GONE = {"a": graded(0, 8), "b": graded(8, 8), "c": graded(0, 8)}
+
+
+def test_an_evaluation_moves_the_monitor_and_the_boost_of_the_prior_domain_that_fell():
+    watch, state = watching()
+    found = safety.judge(watch, 5, state, GONE, 5)
+    assert int(found.state.monitor.tier) == 1 and not found.clean and found.back is None
+    np.testing.assert_array_equal(found.state.curriculum.boost, [0.5, 0, 0])
+    assert found.metrics["safety/violation/a"] == 1 and found.metrics["safety/violation/c"] == 0
+    assert [event["what"] for event in found.events] == ["violation", "tier"]
+    fine = safety.judge(watch, 10, found.state, GONE | {"a": graded(8, 8)}, 5)
+    assert fine.clean and int(fine.state.monitor.last_good_step) == 10 and not fine.events
+    silent = safety.judge(watch, 15, fine.state, {"a": graded(8, 8), "b": nothing(), "c": nothing()}, 5)
+    assert not silent.clean and silent.metrics["safety/drop/b"] is None  # a grader that is down vouches for nothing
+
+
+def nothing() -> heldout.DomainResult:
+    return heldout.DomainResult(np.full(8, np.nan, np.float32), None)
+
+
+def test_step_0_and_evaluations_outside_the_rhythm_are_read_only():
+    watch, state = watching()
+    for step, every in ((0, 5), (7, 5)):
+        found = safety.judge(watch, step, state, GONE, every)
+        assert found.state is state and found.metrics["safety/drop/a"] == 1 and found.metrics["safety/tier"] == 0
+        assert not found.events and not found.clean
+    assert safety.judge(None, 5, state, GONE, 5) == safety.Verdict(state, {})
+
+
+def test_a_watch_that_only_logs_sends_nobody_back():
+    watch, state = watching("upgrade.watch=false")
+    tiers = []
+    for step in range(1, 8):
+        found = safety.judge(watch, step, state, GONE, 1)
+        state = found.state
+        tiers.append(found.metrics["safety/tier"])
+        assert found.back is None and not found.clean and int(state.monitor.attempt) == 0
+        assert not np.any(state.curriculum.boost) and all(event["watch"] is False for event in found.events)
+    assert tiers == [1, 2, 3, 3, 3, 4, 4]
+
+
+def test_the_paired_test_compares_prompt_by_prompt():
+    """Of 40 prompts 6 were lost and none gained: P(X >= 6 of 6) = 1/64, z 2.15 and above 1.96. Unpaired it is less."""
+    first = {"a": graded(20, 40), "b": graded(20, 40), "c": graded(20, 40)}
+    watch, state = watching("upgrade.monitor.test=exact", first=first)
+    results = {"a": graded(14, 40), "b": graded(20, 40), "c": graded(14, 40)}
+    found = safety.judge(watch, 1, state, results, 1)
+    np.testing.assert_allclose(found.metrics["safety/z/a"], norm.isf(1 / 64), rtol=1e-4)
+    np.testing.assert_allclose(found.metrics["safety/drop/a"], 6 / 40, rtol=1e-6)
+    assert found.metrics["safety/violation/a"] == 1 and found.metrics["safety/violation/c"] == 0
 
 
 # ---- killed on the way back

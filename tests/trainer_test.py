@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.cli import compose_config
+from curriculum import triage
 from infinite_jax import batch, grpo, trainer
 from infinite_jax.prompts import Prompt, Stream, pad
 from infinite_jax.types import Rollout
@@ -180,6 +181,19 @@ def test_every_step_and_stream_has_a_key_of_its_own():
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == len(keys)
     again = trainer.stream_key(0, 2, 1)
     assert (jax.random.key_data(again) == jax.random.key_data(keys[5])).all()
+
+
+def test_a_step_tried_again_has_keys_of_its_own():
+    tried = [
+        trainer.stream_key(0, step, stream, attempt) for attempt in range(3) for step in range(3) for stream in range(3)
+    ]
+    rounds = [jax.random.fold_in(key, number) for key in tried for number in range(1, 3)]
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in tried + rounds}) == 27 * 3
+    roots = [triage.root_key(0, attempt) for attempt in range(3)]
+    draws = [jax.random.fold_in(jax.random.wrap_key_data(root), step) for root in roots for step in range(3)]
+    assert (
+        len({tuple(np.asarray(jax.random.key_data(key))) for key in draws} | {tuple(map(int, r)) for r in roots}) == 12
+    )
 
 
 def make_stream():
