@@ -64,6 +64,7 @@ class TriageState(NamedTuple):
     step: jax.Array  # i32[], the step about to be drawn; keys the draw
     num_prompts: jax.Array  # i32[], prompts drawn at the last step; 0 before the first. Says how long a round takes
     key_data: jax.Array  # u32[2], root key, never advanced: a resumed run draws the same
+    new_share: jax.Array  # f32[], part of a batch for all new domains; read in an upgrade only (curriculum/upgrade.py)
     acc_ema: jax.Array  # f32[D], pass rate in [0, 1]
     performance_band: jax.Array  # i32[D], index into BANDS
     last_seen_step: jax.Array  # i32[D], step of the last valid row; -1 = never
@@ -109,7 +110,7 @@ class TriageState(NamedTuple):
         return self.drift_left > 0
 
 
-SHARED = ("step", "num_prompts", "key_data")  # leaves that are not a domain's
+SHARED = ("step", "num_prompts", "key_data", "new_share")  # leaves that are not a domain's
 
 
 class DomainStats(NamedTuple):
@@ -190,6 +191,7 @@ def init(config: CurriculumConfig, seed, members: Roster) -> TriageState:
         step=jnp.zeros((), jnp.int32),
         num_prompts=jnp.zeros((), jnp.int32),
         key_data=jax.random.key_data(jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), KEY_STREAM)),
+        new_share=jnp.zeros((), jnp.float32),
         acc_ema=full(config.acc_start),
         performance_band=band_of(config, full(config.acc_start)),
         last_seen_step=full(-1, jnp.int32),
