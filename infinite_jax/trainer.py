@@ -130,7 +130,7 @@ class InfiniteGRPOTrainer:
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
         outcome = Outcome(metrics, sampled, self._events(*fallen_D, triage))
-        return RunState(train, curriculum, position, tokens), outcome
+        return RunState(train, curriculum, position, tokens, state.monitor), outcome
 
     def sample(self, state: RunState, params, domain_P: np.ndarray, clock: Clock) -> tuple[list[Round], Round, object]:
         """(all rounds, the groups to learn from, position in the data): prompts of the drawn domains, answered, graded.

@@ -85,3 +85,4 @@ class RunState(NamedTuple):
     curriculum: Any  # TriageState
     position: Any  # in the training data: prompts.Cursors, or PromptState where curriculum.level is prompt
     tokens: np.ndarray  # i64[], generated for training so far
+    monitor: Any = None  # MonitorState; None outside upgrade mode
