@@ -132,7 +132,8 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         stream = PriorityStream(train, seed, config.curriculum.prompt)
     else:
         stream = Stream(train, names, seed)
-    curriculum = policies.build(config.curriculum)
+    upgraded = config.upgrade if config.upgrade.active else None
+    curriculum = policies.build(config.curriculum, upgraded)
     # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
     reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
     canary = (
@@ -168,6 +169,8 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         stream,
         curriculum,
         config.curriculum.capacity,
+        np.array([domain.kl for domain in config.domains], np.float32),
+        upgraded,
         grader,
         talk,
         seed,
