@@ -228,6 +228,18 @@ def init(config: CurriculumConfig, seed, members: Roster) -> TriageState:
     )
 
 
+def measured(config: CurriculumConfig, state: TriageState, rate_D: jax.Array) -> TriageState:
+    """`state` before step 0, told pass rates; f32[D], NaN where there is none.
+
+    A prior domain then counts as seen at step 0: nothing is owed to it yet. A new one is still to be tried.
+    """
+    known_D = ~jnp.isnan(rate_D)
+    acc_D = jnp.where(known_D, rate_D, state.acc_ema)
+    told = dict.fromkeys(("acc_ema", "fast_acc", "ref_mean", "drift_goal"), acc_D)
+    seen_D = jnp.where(known_D & ~state.is_new, 0, state.last_seen_step)
+    return state._replace(**told, performance_band=band_of(config, acc_D), last_seen_step=seen_D)
+
+
 def grow(state: TriageState, config: CurriculumConfig, members: Roster) -> TriageState:
     """`state` with domains appended, as new ones start; step, key and the others' leaves bit for bit as before."""
     added = init(config, 0, members)
