@@ -28,6 +28,7 @@ MAX_VARIANCE = ((GRADE_MAX - GRADE_MIN) / 2) ** 2  # 2.25, half the rows at each
 ZERO_VARIANCE = 1e-8  # rewards of a group closer than this are equal: the group has no advantage
 KEY_IMPL = "threefry2x32"  # named, so that a checkpoint's key_data means the same under any jax_default_prng_impl
 KEY_STREAM = 0x74726961  # "tria": keeps these keys off those a trainer folds from the same seed
+ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 NEVER = 2**31 - 1  # a step no run reaches
 
 
@@ -190,7 +191,7 @@ def init(config: CurriculumConfig, seed, members: Roster) -> TriageState:
     return TriageState(
         step=jnp.zeros((), jnp.int32),
         num_prompts=jnp.zeros((), jnp.int32),
-        key_data=jax.random.key_data(jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), KEY_STREAM)),
+        key_data=root_key(seed),
         new_share=jnp.zeros((), jnp.float32),
         acc_ema=full(config.acc_start),
         performance_band=band_of(config, full(config.acc_start)),
@@ -238,6 +239,14 @@ def measured(config: CurriculumConfig, state: TriageState, rate_D: jax.Array) ->
     told = dict.fromkeys(("acc_ema", "fast_acc", "ref_mean", "drift_goal"), acc_D)
     seen_D = jnp.where(known_D & ~state.is_new, 0, state.last_seen_step)
     return state._replace(**told, performance_band=band_of(config, acc_D), last_seen_step=seen_D)
+
+
+def root_key(seed, attempt: int = 0) -> jax.Array:
+    """key_data of a run; attempt: how often the run has gone back to an earlier step so far."""
+    key = jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), KEY_STREAM)
+    if attempt:
+        key = jax.random.fold_in(jax.random.fold_in(key, ATTEMPTS), attempt)
+    return jax.random.key_data(key)
 
 
 def grow(state: TriageState, config: CurriculumConfig, members: Roster) -> TriageState:

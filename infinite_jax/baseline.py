@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from configs.schema import Config
-from curriculum import drops, triage, upgrade
+from curriculum import drops, triage
 from infinite_jax import heldout, progress, prompts
 from infinite_jax.heldout import Results, average, passed
 from infinite_jax.session import Session
@@ -55,19 +55,6 @@ def read(config: Config, run_dir: Path) -> Results:
     if missing := [domain.name for domain in config.domains if domain.name not in found]:
         raise ValueError(f"{path}: nothing of domain {missing[0]}: restore the file from a backup, or start again")
     return found
-
-
-def applied(config: Config, state: RunState) -> RunState:
-    """`state` with what the monitor asks of the scheduler; as it is where there is no monitor."""
-    if state.monitor is None:
-        return state
-    found, held = jax.device_get(upgrade.effects(config.upgrade, jax.device_get(state.monitor))), state.curriculum
-
-    def placed(value: np.ndarray) -> jax.Array:  # where the rest is: another sharding would compile the draw anew
-        return jax.make_array_from_callback(value.shape, held.step.sharding, lambda part: np.asarray(value)[part])
-
-    curriculum = held._replace(boost=placed(found.boost), new_share=placed(found.new_share))
-    return state._replace(curriculum=curriculum)
 
 
 def report(session: Session, results: Results) -> str:

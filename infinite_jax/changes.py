@@ -123,14 +123,14 @@ def entry(changes: Changes, step: int) -> list[dict]:
 
 
 def restore(
-    checkpoints: Checkpointer, session: Session, state: RunState, record: Sequence[dict]
+    checkpoints: Checkpointer, session: Session, state: RunState, record: Sequence[dict], step: int | None = None
 ) -> tuple[int, RunState]:
     """Like Checkpointer.restore for the abstract `state`, whose checkpoint may be older than changes on record."""
     number, error = len(session.names), None
     numbers = [number] + [number := number - len(change["add"]) for change in reversed(record) if change["add"]]
     for number in numbers:
         try:
-            return checkpoints.restore(_of_first(session, state, number))
+            return checkpoints.restore(_of_first(session, state, number), step)
         except TreeMismatch as mismatch:
             error = error or mismatch
     raise error

@@ -28,6 +28,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname)
 
 
+class _Held:
+    """An Orbax preservation policy: some steps, whatever else is kept."""
+
+    def __init__(self):
+        self.steps: tuple[int, ...] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [info.step in self.steps for info in checkpoints]
+
+
 class TreeMismatch(ValueError):
     """The checkpoint holds another state than the one asked for."""
 
@@ -62,7 +73,7 @@ class Checkpointer:
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last}, keep_best={keep_best}: at least 1 last and 0 best must be kept")
         self.folder = Path(folder).absolute()
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_best, self._held = keep_last, keep_best, _Held()
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -76,11 +87,12 @@ class Checkpointer:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, score: float | None) -> None:
+    def save(self, step: int, state: Any, score: float | None, keep: Sequence[int] = ()) -> None:
         """Copies `state` and returns; writing, commit and manifest follow in the background.
 
         `state`: a pytree of arrays with named parts (RunState), free to be donated or changed at once. `score` ranks
-        the step for `keep_best`; None (or a number that is not finite) is never best. First waits for the save before,
+        the step for `keep_best`; None (or a number that is not finite) is never best. `keep`: steps that are
+        not to be deleted now, whatever their age and score. First waits for the save before,
         raises what went wrong in it, and moves aside every step on disk that is newer than the one restored or not
         older than `step`. Raises ValueError when `step` is not newer than the last one saved.
         """
@@ -89,6 +101,7 @@ class Checkpointer:
             raise ValueError(f"step {step} is not newer than step {self._last_saved}, already saved in {self.folder}")
         score = float(score) if score is not None and math.isfinite(score) else None
         self._move_aside(step)
+        self._held.steps = tuple(keep)
         if self._manager is None:
             self._manager = self._open_manager()
         items = {part: ocp.args.StandardSave(leaves) for part, leaves in _parts(state).items()}
@@ -110,6 +123,12 @@ class Checkpointer:
         finally:
             exchange.barrier("checkpoint:manifest")  # the first process has written it
         self.verified = self._last_saved
+
+    def retreat(self, step: int) -> None:
+        """Moves aside every step on disk that is newer than `step`, which stays."""
+        self.wait()
+        self._last_saved, self._restored = None, step
+        self._move_aside(step + 1)
 
     def close(self) -> None:
         """Waits, then ends the background threads. The object is not used again."""
@@ -219,7 +238,7 @@ class Checkpointer:
         keep_best = BestN(get_metric_fn=_score, n=self._keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,  # makes Orbax store the score; what is kept is the policy's business alone
-            preservation_policy=AnyPreservationPolicy([LatestN(self._keep_last), keep_best]),
+            preservation_policy=AnyPreservationPolicy([LatestN(self._keep_last), keep_best, self._held]),
             cleanup_tmp_directories=True,
         )
         try:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from configs import limits
 from configs.schema import Config, EvalConfig
-from curriculum import domains, policies
+from curriculum import domains, monitor, policies
 from curriculum.domains import Domain
 from curriculum.triage import NEVER, Roster, roster
 from infinite_jax import conversation, placement, prompts
@@ -189,7 +189,10 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     triage = curriculum.init(seed, members(config, stream.sets.size_D))
     triage = exchange.replicated(mesh, triage)
     train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, offload)
-    state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64))
+    watching = None
+    if config.upgrade.active:  # on the host: every process holds it whole, and a checkpoint of it belongs to no mesh
+        watching = jax.device_get(monitor.init(config.upgrade.monitor, len(names)))
+    state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64), watching)
     hashes = _data_hashes(names, train, test)
     parts = (grader, evaluator, baseline, canary, trainer, state)
     return Session(config, mesh, decoder, text, names, *parts, hashes, environments)

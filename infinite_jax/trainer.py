@@ -34,6 +34,7 @@ from sharding import exchange
 
 # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
 ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM = range(3)
+ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 
 
 class Outcome(NamedTuple):  # what a step leaves for people to read
@@ -42,8 +43,16 @@ class Outcome(NamedTuple):  # what a step leaves for people to read
     events: list[dict]  # changes that want attention: {kind, domain, ...}
 
 
-def stream_key(seed: int, step: int, stream: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stream)
+def stream_key(seed: int, step: int, stream: int, attempt: int = 0) -> jax.Array:
+    """attempt: rollbacks so far; a step tried again has keys of its own."""
+    root = jax.random.key(seed)
+    if attempt:
+        root = jax.random.fold_in(jax.random.fold_in(root, ATTEMPTS), attempt)
+    return jax.random.fold_in(jax.random.fold_in(root, step), stream)
+
+
+def attempt_of(state: RunState) -> int:
+    return 0 if state.monitor is None else int(state.monitor.attempt)
 
 
 class InfiniteGRPOTrainer:
@@ -117,7 +126,7 @@ class InfiniteGRPOTrainer:
             lr_scale_D, kl_coef_D = self._lr_scale(state.curriculum), self.kl_coef(state.monitor)
             reference = fetched(self.reference)
             scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D, kl_coef_D)
-            key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM)
+            key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM, attempt_of(state))
             made = _prepare(self.config, self.scorer, *scored)
             del reference, scored  # a copy, where it waits on the host
             train, update = _train_step(self.config, self.scorer, state.train, made, key, self.offload)
@@ -159,7 +168,8 @@ class InfiniteGRPOTrainer:
         level_D = jax.device_get(state.curriculum.level)
         while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
             chosen, position = self.stream.take(domain_P, level_D, position)
-            rollout, conversed = self.rollout(params, chosen, int(state.curriculum.step), len(rounds))
+            step, attempt = int(state.curriculum.step), attempt_of(state)
+            rollout, conversed = self.rollout(params, chosen, step, len(rounds), attempt)
             replies = self.read(rollout, conversed)
             clock.lap("rollout")
             grades, scores_BK = self.grade(chosen, replies, conversed)
@@ -170,10 +180,12 @@ class InfiniteGRPOTrainer:
             sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
         return rounds, sampled, position
 
-    def rollout(self, params, chosen: list[Prompt], step: int, number: int = 0) -> tuple[Rollout, Conversed | None]:
+    def rollout(
+        self, params, chosen: list[Prompt], step: int, number: int = 0, attempt: int = 0
+    ) -> tuple[Rollout, Conversed | None]:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p.
 
-        params: as `sync` gives them. number: of the round.
+        params: as `sync` gives them. number: of the round. attempt: at this step.
         """
         # the first step takes the largest shape, so that a run that will not fit in memory fails at once; rounds are
         # mixed row by row, so that all have one shape
@@ -181,7 +193,7 @@ class InfiniteGRPOTrainer:
         buckets = buckets if step and not self.curriculum.resample else buckets[-1:]
         prompt_PT, length_P = prompts.pad(chosen, buckets, self.sampling.pad_id)
         with jax.set_mesh(self.rollout_mesh):
-            key = stream_key(self.seed, step, ROLLOUT_STREAM)
+            key = stream_key(self.seed, step, ROLLOUT_STREAM, attempt)
             key = jax.random.fold_in(key, number) if number else key
         asked = (chosen, prompt_PT, length_P, key)
         made, conversed = conversation.respond(

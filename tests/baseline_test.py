@@ -10,7 +10,7 @@ import pytest
 
 from configs import cli, limits
 from curriculum import monitor
-from infinite_jax import baseline, record, resume, run_folder, session, upgrade
+from infinite_jax import baseline, record, resume, run_folder, safety, session, upgrade
 
 TABLE = (
     "domains:\n"
@@ -122,7 +122,7 @@ def test_queues_ramp_and_coefficients_are_logged_and_the_update_obeys_them(strai
     np.testing.assert_allclose([row["upgrade/ramp/add"] for row in rows], ramp, rtol=1e-6)
     warm_up = 0.01 * np.array([1, 2, 3, 4]) / 5  # a batch of the new domain alone takes a step of its ramp
     np.testing.assert_allclose([row["policy/learning_rate"] for row in rows], warm_up * [1, 1, 0.55, 1], rtol=1e-5)
-    assert [row["time/compilations"] for row in rows][1:] == [0] * 3
+    assert [row["time/compilations"] for row in rows][2:] == [0, 0]  # the first evaluation compiles the monitor
 
 
 def test_two_steps_and_resume_equal_four(setting, straight, tmp_path):
@@ -150,13 +150,22 @@ def test_a_lost_baseline_and_an_added_domain_are_one_line(setting, straight, tmp
     assert "export this run and upgrade that model" in capsys.readouterr().err
 
 
+def test_help_and_an_approval_of_nothing(straight, capsys):
+    with pytest.raises(SystemExit) as ended:
+        upgrade.main(["--help"])
+    assert ended.value.code == 0 and "--approve RUN_DIR" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        upgrade.main(["--approve", str(straight[0]), "--by", "Ada", "--why", "because"])
+    assert ended.value.code == 2 and "not halted" in capsys.readouterr().err
+
+
 def test_what_the_monitor_asks_reaches_scheduler_and_kl(setting):
     """Tier 2: the boost, .6 instead of .7, every coefficient twice; without a monitor nothing moves."""
     config = cli.compose_config("small", setting[1], ["upgrade.active=true"])
     with session.open_session(config) as opened:
-        assert baseline.applied(config, opened.state) is opened.state
+        assert safety.applied(config, bare := opened.state._replace(monitor=None)) is bare
         raised = monitor.init(config.upgrade.monitor, 3)._replace(tier=jnp.array(2), boost=jnp.array([0.5, 0, 0]))
-        state = baseline.applied(config, opened.state._replace(monitor=raised))
+        state = safety.applied(config, opened.state._replace(monitor=raised))
         np.testing.assert_allclose(state.curriculum.new_share, 0.6, rtol=1e-6)
         np.testing.assert_array_equal(state.curriculum.boost, np.float32([0.5, 0, 0]))
         np.testing.assert_allclose(opened.trainer.kl_coef(raised), [0.2, 0.4, 0.2], rtol=1e-6)

@@ -136,7 +136,7 @@ class Scripted:
             passes, score_B = np.array(passes, np.float32), np.arange(8, dtype=np.float32) + 10 * number
             return Scored(Grades(1 + 3 * passes, passes, np.ones(8, bool)), score_B[:, None])
 
-        def rollout(params, chosen, step, number):
+        def rollout(params, chosen, step, number, attempt):
             return ROLLOUT._replace(tokens_BT=ROLLOUT.tokens_BT + 100 * number), None
 
         self.stream = types.SimpleNamespace(take=take, learn=lambda position, chosen, grades: position)
@@ -146,7 +146,7 @@ class Scripted:
 
 def sample(rounds):
     curriculum = types.SimpleNamespace(level=np.ones(3), step=5)
-    state = types.SimpleNamespace(curriculum=curriculum, position=0)
+    state = types.SimpleNamespace(monitor=None, curriculum=curriculum, position=0)
     return Scripted(rounds).sample(state, None, np.array([0, 2, 2, 1]), trainer.Clock())
 
 
