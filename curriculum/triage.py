@@ -236,7 +236,7 @@ def measured(config: CurriculumConfig, state: TriageState, rate_D: jax.Array) ->
     """
     known_D = ~jnp.isnan(rate_D)
     acc_D = jnp.where(known_D, rate_D, state.acc_ema)
-    told = dict.fromkeys(("acc_ema", "fast_acc", "ref_mean", "drift_goal"), acc_D)
+    told = {name: jnp.array(acc_D) for name in ("acc_ema", "fast_acc", "ref_mean", "drift_goal")}
     seen_D = jnp.where(known_D & ~state.is_new, 0, state.last_seen_step)
     return state._replace(**told, performance_band=band_of(config, acc_D), last_seen_step=seen_D)
 
