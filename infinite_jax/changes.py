@@ -69,6 +69,10 @@ def _entries(path: Path) -> tuple[DomainConfig, ...]:
 def apply(config: Config, changes: Changes) -> Config:
     """`config` with the added domains at its end. Raises ValueError, one line, on a name taken or not known."""
     known = {domain.name: domain for domain in config.domains}
+    if changes.add and config.upgrade.active:
+        raise ValueError(
+            "add: M0 was measured on an upgrade's domains before it began: export this run and upgrade that model"
+        )
     for domain in changes.add:
         if domain.name in known:
             raise ValueError(

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from configs.schema import Config
-from curriculum import drops, monitor
+from curriculum import drops, monitor, upgrade
 from curriculum.monitor import MonitorState, Transition
 from infinite_jax import heldout
 from infinite_jax.heldout import Results
@@ -158,11 +158,11 @@ def start(session: Session, run_dir: Path, first: Path) -> Watch | None:
 
 def applied(config: Config, state: RunState) -> RunState:
     """`state` with what its monitor asks for in the curriculum's leaves."""
-    if not acts(config):
+    if state.monitor is None:
         return state
-    asked, held = monitor.effects(config.upgrade.monitor, state.monitor), state.curriculum
-    boost = exchange.replicated(held.step.sharding.mesh, asked.boost)
-    return state._replace(curriculum=held._replace(boost=boost))
+    asked, held = upgrade.effects(config.upgrade, state.monitor), state.curriculum
+    boost, share = exchange.replicated(held.step.sharding.mesh, (asked.boost, asked.new_share))
+    return state._replace(curriculum=held._replace(boost=boost, new_share=share))
 
 
 def held(before: RunState, state: RunState) -> tuple[int, ...]:

@@ -5,6 +5,7 @@
 With no argument: the embedded model on the embedded domains, minutes on two CPU cores, no network.
 """
 
+import argparse
 import itertools
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import gate, heldout, record, rollback, run_folder, safety, transcripts
+from infinite_jax import baseline, gate, heldout, record, rollback, run_folder, safety, transcripts
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.grader_watch import GraderWatch
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = cli.parser("train", __doc__.splitlines()[0])
     cli.add_config_arguments(arguments)
     cli.add_process_arguments(arguments)
-    given = arguments.parse_args(argv)
+    return begin(arguments.parse_args(argv))
+
+
+def begin(given: argparse.Namespace) -> int:
+    """A run from its configuration on. given: what cli.add_config_arguments and add_process_arguments ask for."""
     with cli.bad_input():
         config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
         set_up_runtime(config)
@@ -92,6 +97,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
         multihost.shared_fate(),
     ):
         if after is None:
+            state = baseline.begin(session, run_dir, state)
             metrics, results = evaluate(session, run_dir, 0, state)
             graders = GraderWatch.start(session, run_dir, results)
             watch = safety.start(session, run_dir, evaluation_file(run_dir, 0))

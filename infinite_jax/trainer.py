@@ -14,7 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig
-from curriculum.triage import DomainStats
+from curriculum import upgrade
+from curriculum.monitor import MonitorState
+from curriculum.triage import DomainStats, TriageState
+from curriculum.upgrade import UpgradeConfig
 from infinite_jax import batch, conversation, grpo, prompts, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.conversation import Conversed, Talk
@@ -60,6 +63,8 @@ class InfiniteGRPOTrainer:
       reference: frozen parameters in the compute dtype, the KL anchor; never updated.
       curriculum: a policy of curriculum.policies.
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
+      kl_D: f32[D], factor of each domain on algorithm.kl_coef.
+      upgraded: None where the run is no upgrade.
       talk: None where every domain grades single replies.
     """
 
@@ -78,6 +83,8 @@ class InfiniteGRPOTrainer:
         stream: Stream | PriorityStream,
         curriculum,
         capacity: str,
+        kl_D: np.ndarray,
+        upgraded: UpgradeConfig | None,
         grader: RubricEvaluator,
         talk: Talk | None,
         seed: int,
@@ -86,6 +93,7 @@ class InfiniteGRPOTrainer:
         self.mesh, self.rollout_mesh, self.offload = mesh, rollout_mesh, offload
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
         self.capacity, self.grader, self.talk, self.seed = capacity, grader, talk, seed
+        self.kl_coef_D, self.upgraded = np.float32(config.kl_coef) * kl_D, upgraded
         self.talks_D = [talk is not None and talk.environments.of_domain[d] is not None for d in range(len(names))]
         self.sampling = Sampling(
             config.temperature,
@@ -115,9 +123,9 @@ class InfiniteGRPOTrainer:
             policy = sync(self.decoder, state.train.params, self.rollout_mesh)
             rounds, sampled, position = self.sample(state, policy, draw.domain_P, clock)
             del policy  # a copy, where the meshes differ
-            lr_scale_D = self._lr_scale(state.curriculum)
+            lr_scale_D, kl_coef_D = self._lr_scale(state.curriculum), self.kl_coef(state.monitor)
             reference = fetched(self.reference)
-            scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D)
+            scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D, kl_coef_D)
             key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM, attempt_of(state))
             made = _prepare(self.config, self.scorer, *scored)
             del reference, scored  # a copy, where it waits on the host
@@ -135,11 +143,18 @@ class InfiniteGRPOTrainer:
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
         about = (self.names, self.grader.rubrics, self.talks_D)
         metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
+        metrics |= self._of_upgrade(state.curriculum, kl_coef_D)
         tokens = state.tokens + metrics["tokens/generated"]
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
         outcome = Outcome(metrics, sampled, self._events(*fallen_D, triage))
         return RunState(train, curriculum, position, tokens, state.monitor), outcome
+
+    def kl_coef(self, watched: MonitorState | None) -> np.ndarray:
+        """f32[D], weight of each domain's KL, as the monitor of an upgrade has it now."""
+        if watched is None:
+            return self.kl_coef_D
+        return self.kl_coef_D * jax.device_get(_effects(self.upgraded, watched)).kl_scale
 
     def sample(self, state: RunState, params, domain_P: np.ndarray, clock: Clock) -> tuple[list[Round], Round, object]:
         """(all rounds, the groups to learn from, position in the data): prompts of the drawn domains, answered, graded.
@@ -241,6 +256,16 @@ class InfiniteGRPOTrainer:
             cost_P = computing * work_P / work_P.sum() + seconds["time/grade_s"] / rounds / len(work_P)
         return _tally(self.config.group_size, len(self.names), done.rollout.domain_B, done.grades, cost_P)
 
+    def _of_upgrade(self, curriculum: TriageState, kl_coef_D: np.ndarray) -> Metrics:
+        """What a step of an upgrade was drawn and learnt with; nothing in other runs."""
+        if self.upgraded is None:
+            return {}
+        ramp_D, new_share = jax.device_get((_ramp(self.upgraded, curriculum), curriculum.new_share))
+        found = {"upgrade/new_share": new_share.item()} if self.upgraded.split else {}
+        for name, ramp, coefficient in zip(self.names, ramp_D, kl_coef_D, strict=True):
+            found |= {f"upgrade/ramp/{name}": ramp.item(), f"upgrade/kl_coef/{name}": coefficient.item()}
+        return found
+
     def _events(self, before_D: np.ndarray, after_D: np.ndarray, triage: dict) -> list[dict]:
         """Drift flags that rose or fell with this step."""
         events = []
@@ -253,6 +278,7 @@ class InfiniteGRPOTrainer:
 
 # Of the module, not of a trainer: a second run in this process with the same static settings compiles nothing.
 _prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
+_effects, _ramp = (jax.jit(part, static_argnums=0) for part in (upgrade.effects, upgrade.ramp))
 _tally = jax.jit(batch.tally, static_argnums=(0, 1))
 _value_drift = jax.jit(batch.value_drift, static_argnums=0)
 

@@ -78,7 +78,7 @@ def begin(setting, folder: Path, *overrides) -> int:
         perfect = {name: heldout.DomainResult(np.full(32, 4.0, np.float32), None) for name in PRIOR}
         perfect["copy"] = heldout.DomainResult(np.full(20, 1.0, np.float32), None)
         heldout.save(folder / safety.BASELINE, perfect)
-        return train.train(opened._replace(state=None), folder, opened.state)
+        return train.train(opened._replace(state=None, baseline=None), folder, opened.state)
 
 
 def rows(folder: Path, name: str = record.METRICS) -> list[dict]:

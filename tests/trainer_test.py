@@ -40,9 +40,10 @@ def logp_fn(params, tokens_BT, mask_BT):
     return logp, logp * 0
 
 
-def prepared(rollout=ROLLOUT, **changes):
+def prepared(rollout=ROLLOUT, kl_D=(1, 1, 1, 1), **changes):
     config, parameters = dataclasses.replace(CONFIG, **changes), (jnp.float32(0.1), jnp.float32(0.2))
-    return batch.prepare(config, logp_fn, *parameters, rollout, GRADES, jnp.array([1, 1, 0.5, 1]))
+    kl_coef_D = config.kl_coef * jnp.asarray(kl_D, jnp.float32)
+    return batch.prepare(config, logp_fn, *parameters, rollout, GRADES, jnp.array([1, 1, 0.5, 1]), kl_coef_D)
 
 
 STATS = batch.tally(2, 4, ROLLOUT.domain_B, GRADES, jnp.array([1.0, 2.0, 3.0, 4.0]))
@@ -89,6 +90,17 @@ def test_scores_keep_the_row_order_through_micro_batches_and_name_the_right_para
     np.testing.assert_allclose(made.logp_ref_BT, np.where(MASK, -0.2 * tokens, 0), rtol=1e-6)
     np.testing.assert_allclose(made.logp_beh_BT, ROLLOUT.logp_BT)
     np.testing.assert_allclose(made.kl_coef_B, 0.3)
+
+
+@pytest.mark.parametrize("kl_type", ["loss", "reward"])
+def test_the_kl_of_a_row_is_its_domains(kl_type):
+    """k1 of rows 2 and 3, domain 2: .1 x (7 + 8) and .1 x (10 + 11), centred -.3 and .3, times .2 x its factor 4."""
+    changes = dict(kl_type=kl_type, kl_estimator="k1", kl_coef=0.2)
+    made = prepared(kl_D=(1, 2, 4, 8), **changes)
+    in_loss, in_reward = (1, 0) if kl_type == "loss" else (0, 1)
+    np.testing.assert_allclose(made.kl_coef_B, np.array([0.2, 0.2, 0.8, 0.8, 0.8, 0.8, 0.4, 0.4]) * in_loss, rtol=1e-6)
+    np.testing.assert_allclose(made.advantage_BT[2:4, 1], np.array([0.24, -0.24]) * in_reward, rtol=1e-4)
+    np.testing.assert_allclose(made.advantage_BT[:2], prepared(**changes).advantage_BT[:2])
 
 
 def test_kl_in_the_reward_moves_the_advantage_and_not_the_triage():
