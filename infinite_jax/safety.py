@@ -23,14 +23,13 @@ import numpy as np
 from configs.schema import Config
 from curriculum import drops, monitor, upgrade
 from curriculum.monitor import MonitorState, Transition
-from infinite_jax import heldout
+from infinite_jax import baseline, heldout
 from infinite_jax.heldout import Results
 from infinite_jax.session import Session
 from infinite_jax.types import RunState
 from sharding import exchange
 
 KIND = "safety"  # of events
-BASELINE = "baseline.npz"  # grades of M0, as heldout.save writes them
 ROLLBACK, HALT, APPROVAL = "rollback", "halt", "approval"  # kinds of entries of the journal
 
 
@@ -55,11 +54,11 @@ class Verdict(NamedTuple):
 class Watch:
     """Judges evaluations. All processes call it together."""
 
-    def __init__(self, session: Session, baseline: Results, first: Results | None):
-        """first: M0's evaluation at step 0, for the paired tests."""
+    def __init__(self, session: Session, before: Results, first: Results | None):
+        """before: M0's baseline. first: its evaluation at step 0, for the paired tests."""
         self.config, self.names = session.config.upgrade, session.names
         self._prior_D = np.array([not domain.new for domain in session.config.domains])
-        self._counts, self._first = counts(self.names, baseline), first
+        self._counts, self._first = counts(self.names, before), first
         self._config = session.config
 
     def read(self, state: RunState, results: Results) -> Verdict:
@@ -150,10 +149,9 @@ def start(session: Session, run_dir: Path, first: Path) -> Watch | None:
     if not session.config.upgrade.active:
         return None
     paired = session.config.upgrade.monitor.test != "unpaired"
-    for path in (run_dir / BASELINE, first)[: 1 + paired]:
-        if not path.is_file():
-            raise ValueError(f"{path}: the grades of the model before the upgrade are not there: start the run anew")
-    return Watch(session, heldout.load(run_dir / BASELINE), heldout.load(first) if paired else None)
+    if paired and not first.is_file():
+        raise ValueError(f"{first}: M0's verdicts are not there: restore the file from a backup, or start again")
+    return Watch(session, baseline.read(session.config, run_dir), heldout.load(first) if paired else None)
 
 
 def applied(config: Config, state: RunState) -> RunState:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from infinite_jax import checkpoint, manifest
+from infinite_jax import checkpoint, leaves, manifest
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.types import RunState, TrainState
 
@@ -177,7 +177,7 @@ def test_orbax_alone_restores_a_changed_value_in_silence(tmp_path):
         checkpointer.save(1, value, None)
         checkpointer.wait()
         flip(data_file(tmp_path / "1"), 5000)
-        restored = checkpoint._read(tmp_path / "1", value)
+        restored = leaves.read(tmp_path / "1", value)
         assert (np.asarray(restored["a"]["x"]) != np.asarray(value["a"]["x"])).sum() == 1
         with pytest.raises(ValueError, match="none of the checkpoints 1 is intact"):
             checkpointer.restore(value)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import types
@@ -20,9 +21,21 @@ from scipy.stats import norm
 from configs import cli
 from curriculum import monitor, triage
 from curriculum.domains import DomainConfig
-from infinite_jax import checkpoint, heldout, record, report, resume, rollback, run_folder, safety, session, train
+from infinite_jax import (
+    baseline,
+    checkpoint,
+    heldout,
+    record,
+    report,
+    resume,
+    rollback,
+    run_folder,
+    safety,
+    session,
+    train,
+)
 from infinite_jax.types import RunState
-from sharding import exchange
+from sharding import exchange, multihost
 
 PRIOR = ("add", "seen")
 
@@ -66,7 +79,8 @@ class Injured:
         for name in PRIOR:
             grade = 1.0 if name == "add" and (attempt, step) in self.collapsed else 4.0
             results[name] = results[name]._replace(greedy_N=np.full_like(results[name].greedy_N, grade))
-        heldout.save(train.evaluation_file(run_dir, step), results)
+        if multihost.is_first():
+            heldout.save(train.evaluation_file(run_dir, step), results)
         return metrics | {key: value for key, value in heldout.metrics(results).items()}, results
 
 
@@ -77,7 +91,9 @@ def begin(setting, folder: Path, *overrides) -> int:
         run_folder.claim(folder, config, opened.data_sha256)
         perfect = {name: heldout.DomainResult(np.full(32, 4.0, np.float32), None) for name in PRIOR}
         perfect["copy"] = heldout.DomainResult(np.full(20, 1.0, np.float32), None)
-        heldout.save(folder / safety.BASELINE, perfect)
+        if multihost.is_first():
+            heldout.save(folder / baseline.FILE, perfect)
+        exchange.barrier("test:baseline")
         return train.train(opened._replace(state=None, baseline=None), folder, opened.state)
 
 
@@ -212,8 +228,8 @@ def watching(*overrides, first=None) -> tuple[safety.Watch, RunState]:
     leaves = exchange.replicated(mesh, {"boost": np.zeros(3, np.float32), "step": np.int32(0)})
     curriculum = triage.init(config.curriculum, 0, triage.roster(3))._replace(**leaves)
     start = jax.device_get(monitor.init(config.upgrade.monitor, 3))
-    baseline = dict.fromkeys(names, graded(32, 32))
-    return safety.Watch(opened, baseline, first), RunState(None, curriculum, None, None, start)
+    before = dict.fromkeys(names, graded(32, 32))
+    return safety.Watch(opened, before, first), RunState(None, curriculum, None, None, start)
 
 
 def graded(passed: int, of: int) -> heldout.DomainResult:
@@ -426,3 +442,40 @@ def test_a_process_that_is_really_gone_leads_to_the_same_run(straight, brink, tm
         patch.setattr(train, "evaluate", Injured(ONCE))
         assert resume.main([str(folder)]) == 0
     assert_equal_runs(folder, straight)
+
+
+TWO = """
+import sys
+sys.path.insert(0, "tests")
+import safety_test as t
+t.train.evaluate = t.Injured(t.HALTING)
+t.multihost.initialize(t.multihost.Given())
+code = t.begin(sys.argv[2:], t.Path(sys.argv[1]), "run.check_every=1")
+t.multihost.shutdown()
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike_and_go_back_together(setting, halted, tmp_path):
+    """pytest -m slow tests/safety_test.py"""
+    folder, root = tmp_path / "run", Path(__file__).resolve().parent.parent
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
+    environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_COORDINATOR_ADDRESS": address}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, folder, *setting], cwd=root, env=environment | {"JAX_PROCESS_ID": str(p)}
+        )
+        for p in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=540) for process in started] == [3, 3]
+    finally:
+        for process in started:
+            process.kill()
+    assert rollback.journal(folder) == rollback.journal(halted)
+    for name in ("metrics.jsonl", "metrics.attempt-0.jsonl", "metrics.attempt-1.jsonl"):
+        assert tiers(folder, name) == tiers(halted, name)
+    assert resume.main([str(folder)]) == 3
