@@ -33,6 +33,7 @@ from infinite_jax import (
     safety,
     session,
     train,
+    upgrade,
 )
 from infinite_jax.types import RunState
 from sharding import exchange, multihost
@@ -167,9 +168,12 @@ def test_a_halted_run_is_refused_until_a_person_approves_and_goes_on_at_tier_3(h
     assert error.count("\n") == 1 and "halted at step 4: add fell by 1.000" in error and "--approve" in error
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
     for by, why, words in (("", "x", "--by ''"), ("Ada", " ", "--why ' '")):
-        with pytest.raises(ValueError, match=words):
-            rollback.approve(folder, by, why)
-    assert "approved by Ada" in rollback.approve(folder, " Ada ", "the suite was broken, it is mended")
+        with pytest.raises(SystemExit) as ended:
+            upgrade.main(["--approve", str(folder), "--by", by, "--why", why])
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    why = "the suite was broken, it is mended"
+    assert upgrade.main(["--approve", str(folder), "--by", " Ada ", "--why", why]) == 0
+    assert "approved by Ada" in capsys.readouterr().out
     review = json.loads((folder / "review.json").read_text())
     signed = review.pop("approved")
     text = json.dumps({"review": review} | {key: signed[key] for key in ("by", "why", "when")}, sort_keys=True)
