@@ -127,7 +127,16 @@ def learn(step: Step, state: TrainState, rollout: Rollout, number: int, clock: d
     scorer = Scorer(step.decoder, step.algorithm.temperature, step.algorithm.max_new_tokens, step.algorithm.group_size)
     with jax.set_mesh(step.mesh):
         domains = jnp.ones(1, jnp.float32)
-        given = (step.algorithm, scorer, state.params, step.reference, rollout, grades, domains)
+        given = (
+            step.algorithm,
+            scorer,
+            state.params,
+            step.reference,
+            rollout,
+            grades,
+            domains,
+            step.algorithm.kl_coef * domains,
+        )
         made = timed(clock, "score", lambda: trainer._prepare(*given))
         key = jax.random.key(number)
         return timed(clock, "update", lambda: trainer._train_step(step.algorithm, scorer, state, made, key, "none"))

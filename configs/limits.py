@@ -160,12 +160,38 @@ def validate(config: Config, num_devices: int) -> None:
             f"domains: none can be trained on at step {gap}: let one arrive by then, such as `arrives: {gap}`, or none "
             "retire before"
         )
+    if config.upgrade.active:
+        upgrade(config)
     ends = [domains.level_ends(domain) for domain in config.domains]
     if config.curriculum.difficulty == "adaptive" and all(easiest == hardest for easiest, hardest in ends):
         raise ValueError(
             "curriculum.difficulty=adaptive: no domain has a range of levels to move in: give a generated one a range, "
             "such as train: gen:sort,difficulty=1..4"
         )
+
+
+def upgrade(config: Config) -> None:
+    """Raises ValueError, one line, where an upgrade has nothing to learn, nothing to keep or too little to hold it."""
+    algorithm, least = config.algorithm, config.upgrade.least_kl
+    if not any(domain.new for domain in config.domains):
+        raise ValueError("domains: an upgrade learns new ones: mark these with `new: true`, and leave the others in")
+    if all(domain.new for domain in config.domains):
+        raise ValueError(
+            "domains: every domain is new, and an upgrade keeps those that the model has: add them, with `eval_only: "
+            "true` where there are no training prompts, or use python -m infinite_jax.train"
+        )
+    for number, domain in enumerate(config.domains):
+        if domain.new and domain.eval_only:
+            raise ValueError(f"domains[{number}]: {domain.name} is new and eval_only: give it a `train` source")
+    if algorithm.kl_type == "none":
+        raise ValueError("algorithm.kl_type=none: the KL holds an upgrade to M0: set algorithm.kl_type=reward or loss")
+    for number, domain in enumerate(config.domains):
+        if algorithm.kl_coef * domain.kl < least:
+            raise ValueError(
+                f"algorithm.kl_coef={algorithm.kl_coef:g} x domains[{number}].kl={domain.kl:g}: an upgrade needs at "
+                f"least {least:g} for domain {domain.name}: set algorithm.kl_coef={least / (domain.kl or 1):g}"
+                f"{'' if domain.kl else f' and domains[{number}].kl=1'}, or a lower upgrade.least_kl"
+            )
 
 
 def _single_replies(config: Config) -> list[str | None]:

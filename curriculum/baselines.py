@@ -35,9 +35,9 @@ LEAST = 1e-6  # of a quantity that shares are proportional to, so that its logar
 
 
 def base(config: CurriculumConfig, state: TriageState, score_D: jax.Array) -> Priorities:
-    """A priority with no parts: shares w e^(score / temperature)."""
+    """A priority with no parts: shares w e^(score / temperature), times e^boost where a monitor gives one."""
     zero_D = jnp.zeros_like(score_D)
-    return summed(zero_D, zero_D, zero_D, config.temperature * state.base_log_w + score_D)
+    return summed(zero_D, zero_D, zero_D, config.temperature * (state.base_log_w + state.boost) + score_D)
 
 
 def uniform(config: CurriculumConfig, state: TriageState, can_D: jax.Array) -> Priorities:

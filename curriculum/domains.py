@@ -81,6 +81,8 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(
                 f"{where}.retires={config.retires}: must be a step from arrives={config.arrives} on, or left out"
             )
+        if not 0 <= config.kl < float("inf"):
+            raise ValueError(f"{where}.kl={config.kl}: must be a factor of at least 0 (1 = algorithm.kl_coef as it is)")
         _check_environment(config, where)
 
 

@@ -14,20 +14,26 @@ s are shares of the capacity, p of prompts. They are the same where `capacity` i
 the share of what training costs, so that 60 / 30 / 10 % hold of the cost exactly, and the floor epsilon too is one of
 the cost: a domain of long answers may get fewer prompts than that. A domain whose cost is not known counts as the mean
 of those known.
+
+In an upgrade (curriculum/upgrade.py) new and prior domains stand in two queues. The rule sees one queue at a time, so
+that bands, guards and floor are the queue's own, and s = new_share s_new + (1 - new_share) s_prior; where one queue is
+empty, the other has all. Reserved slots and single-domain steps are of the whole batch, whatever the queue.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from curriculum import baselines, feedback, priorities, triage
+from curriculum import baselines, feedback, priorities, triage, upgrade
 from curriculum.config import NAMES, CurriculumConfig
 from curriculum.priorities import Priorities
 from curriculum.sampler import Draw, draw_domains, floor_project
 from curriculum.triage import DomainStats, Roster, TriageState, drawable, steps_waited
+from curriculum.upgrade import UpgradeConfig
 
 __all__ = ["NAMES", "CurriculumConfig", "Policy", "build"]
 
@@ -66,44 +72,92 @@ class Policy(NamedTuple):
     metrics: Callable[[TriageState, jax.Array], dict[str, jax.Array]]  # (state, p_D) -> arrays [D]
     lr_scale: Callable[
         [TriageState], jax.Array
-    ]  # f32[D], of a domain's learning rate; 1 unless curriculum.drift says so
+    ]  # f32[D], of a domain's learning rate; 1 unless drift or a ramp says so
     resample: bool  # groups without a difference are to be drawn again, and what is thrown away is charged
 
 
+class Queue(NamedTuple):
+    """Domains among which a part of the batch is shared."""
+
+    part: jax.Array | float  # f32[]; the parts of all queues sum to 1
+    epsilon: float  # of the part, spread over the queue as a floor
+    can_D: jax.Array  # bool[D], who may be drawn
+
+
 @lru_cache
-def build(config: CurriculumConfig) -> Policy:
-    """The policy that `config.policy` names; the same functions for an equal config, so that jit knows them again."""
+def build(config: CurriculumConfig, upgraded: UpgradeConfig | None = None) -> Policy:
+    """The policy that `config.policy` names; the same functions for an equal config, so that jit knows them again.
+
+    upgraded: None where the run is no upgrade.
+    """
     rule = RULES[config.policy]
+    given = (config, rule, upgraded)
 
     def draw(state: TriageState, num_prompts: int) -> Draw:
-        p_D, can_D = probabilities(config, rule, state), eligible(config, rule, state)
+        found = queues(*given, state)
+        p_D, can_D = shares(config, rule, found, state), functools.reduce(jnp.logical_or, (q.can_D for q in found))
         return draw_domains(config, state, p_D, can_D, num_prompts)
 
     return Policy(
-        init=partial(triage.init, config),
+        init=partial(init, config, upgraded),
         update=partial(feedback.update, config),
-        probabilities=partial(probabilities, config, rule),
+        probabilities=partial(probabilities, *given),
         draw=draw,
-        metrics=partial(metrics, config, rule),
-        lr_scale=partial(lr_scale, config),
+        metrics=partial(metrics, *given),
+        lr_scale=partial(lr_scale, config, upgraded),
         resample=rule.resample,
     )
 
 
-def eligible(config: CurriculumConfig, rule: Rule, state: TriageState) -> jax.Array:
-    """bool[D], who may be drawn under this rule."""
+def init(config: CurriculumConfig, upgraded: UpgradeConfig | None, seed, members: Roster) -> TriageState:
+    """triage.init, in an upgrade with the new domains' share of tier 0."""
+    state = triage.init(config, seed, members)
+    if upgraded is None:
+        return state
+    return state._replace(new_share=jnp.array(1 - upgraded.monitor.prior_share, jnp.float32))
+
+
+def queues(config: CurriculumConfig, rule: Rule, upgraded: UpgradeConfig | None, state: TriageState) -> Sequence[Queue]:
+    """One of all drawable domains; in an upgrade that splits the batch, one of the new and one of the prior ones."""
+
+    def eligible(can_D):
+        return can_D if rule.eligible is None else can_D & rule.eligible(config, state, can_D)
+
     can_D = drawable(config, state)
-    return can_D if rule.eligible is None else rule.eligible(config, state, can_D)
+    if upgraded is None or not upgraded.split:
+        return (Queue(1.0, config.epsilon, eligible(can_D)),)
+    new_D, prior_D = eligible(can_D & state.is_new), eligible(can_D & ~state.is_new)
+    part = jnp.where(prior_D.any(), jnp.where(new_D.any(), state.new_share, 0.0), 1.0)
+    return (
+        Queue(part, upgraded.new_floor, new_D & (part > 0)),
+        Queue(1 - part, upgraded.prior_floor, prior_D & (part < 1)),
+    )
 
 
-def capacity_shares(config: CurriculumConfig, rule: Rule, state: TriageState) -> jax.Array:
-    """s_D, f32[D]: sum 1, 0 where not drawable, else at least epsilon / drawable domains where there is a floor."""
-    can_D = eligible(config, rule, state)
+def queue_shares(config: CurriculumConfig, rule: Rule, queue: Queue, state: TriageState) -> jax.Array:
+    """f32[D]: sum 1, 0 where not drawable, else at least epsilon / drawable domains where there is a floor."""
+    can_D = queue.can_D | ~queue.can_D.any()  # an empty queue's shares are multiplied by 0, so let them be finite
     q_D = jax.nn.softmax(rule.priorities(config, state, can_D).total_D / config.temperature, where=can_D)
     if not rule.floor:
         return q_D
-    floor_D = can_D * (config.epsilon / jnp.maximum(can_D.sum(), 1))
-    return floor_project(q_D, floor_D) if config.floor == "project" else (1 - config.epsilon) * q_D + floor_D
+    floor_D = can_D * (queue.epsilon / jnp.maximum(can_D.sum(), 1))
+    return floor_project(q_D, floor_D) if config.floor == "project" else (1 - queue.epsilon) * q_D + floor_D
+
+
+def shares(config: CurriculumConfig, rule: Rule, found: Sequence[Queue], state: TriageState) -> jax.Array:
+    """p_D, f32[D]: shares of prompts, sum 1, 0 where not drawable."""
+    s_D = sum(queue.part * queue_shares(config, rule, queue, state) for queue in found)
+    if config.capacity == "prompts":
+        return s_D
+    p_D = s_D / costs(state)
+    return p_D / p_D.sum()
+
+
+def probabilities(
+    config: CurriculumConfig, rule: Rule, upgraded: UpgradeConfig | None, state: TriageState
+) -> jax.Array:
+    """p_D, f32[D]: the shares of a batch drawn at this state."""
+    return shares(config, rule, queues(config, rule, upgraded, state), state)
 
 
 def costs(state: TriageState) -> jax.Array:
@@ -113,23 +167,20 @@ def costs(state: TriageState) -> jax.Array:
     return jnp.where(known_D, state.cost_ema, jnp.where(mean > 0, mean, 1.0))
 
 
-def probabilities(config: CurriculumConfig, rule: Rule, state: TriageState) -> jax.Array:
-    """p_D, f32[D]: shares of prompts, sum 1, 0 where not drawable."""
-    s_D = capacity_shares(config, rule, state)
-    if config.capacity == "prompts":
-        return s_D
-    p_D = s_D / costs(state)
-    return p_D / p_D.sum()
+def lr_scale(config: CurriculumConfig, upgraded: UpgradeConfig | None, state: TriageState) -> jax.Array:
+    """f32[D]: drift.lr_scale while a domain's flag stands, 1 otherwise; in an upgrade times the new domains' ramp."""
+    scale_D = jnp.where(state.drift_flag, config.drift.lr_scale, 1.0)
+    return scale_D if upgraded is None else scale_D * upgrade.ramp(upgraded, state)
 
 
-def lr_scale(config: CurriculumConfig, state: TriageState) -> jax.Array:
-    """f32[D]: drift.lr_scale while a domain's flag stands, 1 otherwise."""
-    return jnp.where(state.drift_flag, config.drift.lr_scale, 1.0)
-
-
-def metrics(config: CurriculumConfig, rule: Rule, state: TriageState, p_D: jax.Array) -> dict[str, jax.Array]:
+def metrics(
+    config: CurriculumConfig, rule: Rule, upgraded: UpgradeConfig | None, state: TriageState, p_D: jax.Array
+) -> dict[str, jax.Array]:
     """Per-domain arrays [D] for a log, all finite; `p_D` are the shares of the draw they stand beside."""
-    terms = rule.priorities(config, state, eligible(config, rule, state))
+    found = queues(config, rule, upgraded, state)
+    terms, *prior = (rule.priorities(config, state, queue.can_D) for queue in found)
+    if prior:
+        terms = jax.tree.map(partial(jnp.where, state.is_new), terms, *prior)
     return {
         "triage/acc_ema": state.acc_ema,
         "triage/share": p_D,
@@ -145,7 +196,7 @@ def metrics(config: CurriculumConfig, rule: Rule, state: TriageState, p_D: jax.A
         "triage/half_life": state.half_life,  # steps
         "triage/level": state.level,
         "triage/cost": state.cost_ema,  # of a prompt, in the unit of capacity; 0 = not known yet
-        "triage/lr_scale": lr_scale(config, state),
+        "triage/lr_scale": lr_scale(config, upgraded, state),
         "drift/ref": state.ref_mean,
         "drift/cusum": state.cusum,
         "drift/flag": state.drift_flag.astype(jnp.int32),

@@ -28,6 +28,7 @@ MAX_VARIANCE = ((GRADE_MAX - GRADE_MIN) / 2) ** 2  # 2.25, half the rows at each
 ZERO_VARIANCE = 1e-8  # rewards of a group closer than this are equal: the group has no advantage
 KEY_IMPL = "threefry2x32"  # named, so that a checkpoint's key_data means the same under any jax_default_prng_impl
 KEY_STREAM = 0x74726961  # "tria": keeps these keys off those a trainer folds from the same seed
+ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 NEVER = 2**31 - 1  # a step no run reaches
 
 
@@ -64,6 +65,7 @@ class TriageState(NamedTuple):
     step: jax.Array  # i32[], the step about to be drawn; keys the draw
     num_prompts: jax.Array  # i32[], prompts drawn at the last step; 0 before the first. Says how long a round takes
     key_data: jax.Array  # u32[2], root key, never advanced: a resumed run draws the same
+    new_share: jax.Array  # f32[], part of a batch for all new domains; read in an upgrade only (curriculum/upgrade.py)
     acc_ema: jax.Array  # f32[D], pass rate in [0, 1]
     performance_band: jax.Array  # i32[D], index into BANDS
     last_seen_step: jax.Array  # i32[D], step of the last valid row; -1 = never
@@ -109,7 +111,7 @@ class TriageState(NamedTuple):
         return self.drift_left > 0
 
 
-SHARED = ("step", "num_prompts", "key_data")  # leaves that are not a domain's
+SHARED = ("step", "num_prompts", "key_data", "new_share")  # leaves that are not a domain's
 
 
 class DomainStats(NamedTuple):
@@ -189,7 +191,8 @@ def init(config: CurriculumConfig, seed, members: Roster) -> TriageState:
     return TriageState(
         step=jnp.zeros((), jnp.int32),
         num_prompts=jnp.zeros((), jnp.int32),
-        key_data=jax.random.key_data(jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), KEY_STREAM)),
+        key_data=root_key(seed),
+        new_share=jnp.zeros((), jnp.float32),
         acc_ema=full(config.acc_start),
         performance_band=band_of(config, full(config.acc_start)),
         last_seen_step=full(-1, jnp.int32),
@@ -224,6 +227,26 @@ def init(config: CurriculumConfig, seed, members: Roster) -> TriageState:
         arrives=members.arrives,
         retires=members.retires,
     )
+
+
+def measured(config: CurriculumConfig, state: TriageState, rate_D: jax.Array) -> TriageState:
+    """`state` before step 0, told pass rates; f32[D], NaN where there is none.
+
+    A prior domain then counts as seen at step 0: nothing is owed to it yet. A new one is still to be tried.
+    """
+    known_D = ~jnp.isnan(rate_D)
+    acc_D = jnp.where(known_D, rate_D, state.acc_ema)
+    told = {name: jnp.array(acc_D) for name in ("acc_ema", "fast_acc", "ref_mean", "drift_goal")}
+    seen_D = jnp.where(known_D & ~state.is_new, 0, state.last_seen_step)
+    return state._replace(**told, performance_band=band_of(config, acc_D), last_seen_step=seen_D)
+
+
+def root_key(seed, attempt: int = 0) -> jax.Array:
+    """key_data of a run; attempt: how often the run has gone back to an earlier step so far."""
+    key = jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), KEY_STREAM)
+    if attempt:
+        key = jax.random.fold_in(jax.random.fold_in(key, ATTEMPTS), attempt)
+    return jax.random.key_data(key)
 
 
 def grow(state: TriageState, config: CurriculumConfig, members: Roster) -> TriageState:

@@ -1,14 +1,22 @@
 """Upgrade: new domains for a model M0 that has others already, whose data may be gone.
 
-M0 is the KL anchor. New and prior domains have a share of every batch each, and within its share each kind has a queue
-and a floor of its own; a new domain starts with a small learning rate. What a drop of a prior domain does, the monitor
-says (curriculum/monitor.py).
+M0 is the KL anchor. New and prior domains have a share of every mixed batch each, and within its share each kind has a
+queue and a floor of its own (curriculum/policies.py). A new domain starts with a small learning rate,
+
+    ramp = min(1, start + (1 - start) t / T)        t steps after its arrival
+
+What a drop of a prior domain does, the monitor says (curriculum/monitor.py).
 """
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
+from curriculum import monitor
 from curriculum.config import finite, require
-from curriculum.monitor import MonitorConfig
+from curriculum.monitor import Effects, MonitorConfig, MonitorState
+from curriculum.triage import TriageState
 
 
 @dataclass(frozen=True)
@@ -37,3 +45,18 @@ class UpgradeConfig:
             ("ramp_steps", self.ramp_steps >= 0, "must be at least 0 steps"),
         )
         require(self, "upgrade", checks)
+
+
+def ramp(config: UpgradeConfig, state: TriageState) -> jax.Array:
+    """f32[D], of a domain's learning rate at state.step; 1 for prior domains."""
+    since_D = jnp.maximum(state.step - state.arrives, 0)
+    part_D = since_D / config.ramp_steps if config.ramp_steps else jnp.inf
+    risen_D = jnp.minimum(1.0, config.ramp_start + (1 - config.ramp_start) * part_D)
+    return jnp.where(state.is_new, risen_D, 1.0)
+
+
+def effects(config: UpgradeConfig, state: MonitorState) -> Effects:
+    """What the trainer is to do until the next evaluation; that of tier 0 where the monitor is only logged."""
+    if not config.watch:
+        state = monitor.init(config.monitor, state.boost.shape[0])
+    return monitor.effects(config.monitor, state)

@@ -11,7 +11,14 @@ from rubric.evaluator import Grades
 
 
 def prepare(
-    config: AlgorithmConfig, logp_fn, params, reference, rollout: Rollout, grades: Grades, lr_scale_D: jax.Array
+    config: AlgorithmConfig,
+    logp_fn,
+    params,
+    reference,
+    rollout: Rollout,
+    grades: Grades,
+    lr_scale_D: jax.Array,
+    kl_coef_D: jax.Array,
 ) -> Batch:
     """From what was sampled and graded to what the gradient may see. Pure and jitted.
 
@@ -19,19 +26,21 @@ def prepare(
 
     Args:
       params: the policy's, or types.Roles.
-      lr_scale_D: f32[D], of each domain's learning rate.
+      lr_scale_D: f32[D], of each domain's learning rate. kl_coef_D: f32[D], weight of its KL, in reward or loss.
     """
     scored = (rollout.tokens_BT, rollout.loss_mask_BT)
     logp_old_BT, *value_BT = score(config, logp_fn, params, *scored)
     logp_ref_BT = logp_old_BT if config.kl_type == "none" else score(config, logp_fn, reference, *scored)[0]
-    learnt_B = grades.valid_B
+    learnt_B, kl_coef_B = grades.valid_B, kl_coef_D[rollout.domain_B]
     if config.truncated == "mask":
         learnt_B &= rollout.done_B
     if value_BT:
         mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
-        advantage_BT, judged = judge(config, grades.reward_B, logp_old_BT, logp_ref_BT, *value_BT, mask_BT)
+        advantage_BT, judged = judge(config, grades.reward_B, kl_coef_B, logp_old_BT, logp_ref_BT, *value_BT, mask_BT)
     else:
-        advantage_B1, differs_B = against_group(config, grades, logp_old_BT, logp_ref_BT, rollout.loss_mask_BT)
+        advantage_B1, differs_B = against_group(
+            config, grades, kl_coef_B, logp_old_BT, logp_ref_BT, rollout.loss_mask_BT
+        )
         if config.zero_variance == "drop":
             learnt_B &= differs_B
         mask_BT = rollout.loss_mask_BT & learnt_B[:, None]
@@ -43,13 +52,13 @@ def prepare(
         logp_old_BT=logp_old_BT,
         logp_ref_BT=logp_ref_BT,
         advantage_BT=advantage_BT,
-        kl_coef_B=jnp.full(learnt_B.shape, config.kl_coef if config.kl_type == "loss" else 0.0, jnp.float32),
+        kl_coef_B=kl_coef_B if config.kl_type == "loss" else jnp.zeros_like(kl_coef_B),
         lr_scale_B=lr_scale_D[rollout.domain_B],
         judged=judged,
     )
 
 
-def against_group(config: AlgorithmConfig, grades: Grades, logp_BT, logp_ref_BT, mask_BT):
+def against_group(config: AlgorithmConfig, grades: Grades, kl_coef_B, logp_BT, logp_ref_BT, mask_BT):
     """(advantage [B, 1], the same for all tokens of a row; bool [B], whether its group's rewards differ)."""
     groups = (-1, config.group_size)
     valid_PG = grades.valid_B.reshape(groups)
@@ -59,11 +68,14 @@ def against_group(config: AlgorithmConfig, grades: Grades, logp_BT, logp_ref_BT,
         # Its own centred term: inside the normalisation, a group whose replies are all right would have nothing but
         # the penalty's noise to divide, and that noise would come out as large as any advantage.
         penalty_B = grpo.kl_penalty(logp_BT, logp_ref_BT, mask_BT, config.kl_estimator)
-        advantage_PG -= config.kl_coef * grpo.group_advantage(penalty_B.reshape(groups), valid_PG, "none")
+        centred_PG = grpo.group_advantage(penalty_B.reshape(groups), valid_PG, "none")
+        advantage_PG -= kl_coef_B.reshape(groups) * centred_PG
     return advantage_PG.reshape(-1, 1), differs_B
 
 
-def judge(config: AlgorithmConfig, reward_B, logp_BT, logp_ref_BT, value_BT, mask_BT) -> tuple[jax.Array, Judged]:
+def judge(
+    config: AlgorithmConfig, reward_B, kl_coef_B, logp_BT, logp_ref_BT, value_BT, mask_BT
+) -> tuple[jax.Array, Judged]:
     """Advantages by a critic's values, whitened, and what the critic is to learn.
 
     The reward of a row stands on its last token. The KL in the reward is charged token by token: the penalty of a row
@@ -72,7 +84,7 @@ def judge(config: AlgorithmConfig, reward_B, logp_BT, logp_ref_BT, value_BT, mas
     last_BT = mask_BT & (jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1] == 1)
     reward_BT = jnp.where(last_BT, reward_B[:, None], 0.0)
     if config.kl_type == "reward":
-        reward_BT -= config.kl_coef * grpo.kl_estimate(logp_BT, logp_ref_BT, config.kl_estimator)
+        reward_BT -= kl_coef_B[:, None] * grpo.kl_estimate(logp_BT, logp_ref_BT, config.kl_estimator)
     advantage_BT, return_BT = gae.advantages(reward_BT, value_BT, mask_BT, config.gamma, config.gae_lambda)
     outcome_BT, _ = gae.advantages(reward_BT, jnp.zeros_like(value_BT), mask_BT, config.gamma, 1.0)
     judged = Judged(jnp.where(mask_BT, value_BT, 0.0), return_BT, outcome_BT)

@@ -69,6 +69,10 @@ def _entries(path: Path) -> tuple[DomainConfig, ...]:
 def apply(config: Config, changes: Changes) -> Config:
     """`config` with the added domains at its end. Raises ValueError, one line, on a name taken or not known."""
     known = {domain.name: domain for domain in config.domains}
+    if changes.add and config.upgrade.active:
+        raise ValueError(
+            "add: M0 was measured on an upgrade's domains before it began: export this run and upgrade that model"
+        )
     for domain in changes.add:
         if domain.name in known:
             raise ValueError(
@@ -119,14 +123,14 @@ def entry(changes: Changes, step: int) -> list[dict]:
 
 
 def restore(
-    checkpoints: Checkpointer, session: Session, state: RunState, record: Sequence[dict]
+    checkpoints: Checkpointer, session: Session, state: RunState, record: Sequence[dict], step: int | None = None
 ) -> tuple[int, RunState]:
     """Like Checkpointer.restore for the abstract `state`, whose checkpoint may be older than changes on record."""
     number, error = len(session.names), None
     numbers = [number] + [number := number - len(change["add"]) for change in reversed(record) if change["add"]]
     for number in numbers:
         try:
-            return checkpoints.restore(_of_first(session, state, number))
+            return checkpoints.restore(_of_first(session, state, number), step)
         except TreeMismatch as mismatch:
             error = error or mismatch
     raise error

@@ -17,9 +17,7 @@ so it is passed over, and used, with a warning, only when no verified step is le
 Reading changes nothing on disk, so a run may be evaluated while it trains; abandoned temporary folders are removed,
 and steps moved aside, by the first save.
 
-Leaves are stored under their path in the state ("train.params.embed"), not as a nested tree: restoring takes the
-structure, and with it every NamedTuple and optax type, from the caller's abstract state, and a leaf that disagrees
-can be named. Left out: object stores (a step is committed by rename) and leaves that are not arrays.
+How the leaves lie in a step: leaves.py. Left out: object stores (a step is committed by rename).
 """
 
 import contextlib
@@ -28,17 +26,17 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from infinite_jax import manifest
+from infinite_jax.leaves import TreeMismatch, parts, read
 from sharding import exchange
 
 log = logging.getLogger(__name__)
@@ -46,8 +44,14 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR or "orbax" not in record.pathname)
 
 
-class TreeMismatch(ValueError):
-    """The checkpoint holds another state than the one asked for."""
+class _Held:
+    """An Orbax preservation policy: some steps, whatever else is kept."""
+
+    def __init__(self):
+        self.steps: tuple[int, ...] = ()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [info.step in self.steps for info in checkpoints]
 
 
 class Checkpointer:
@@ -62,7 +66,7 @@ class Checkpointer:
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last}, keep_best={keep_best}: at least 1 last and 0 best must be kept")
         self.folder = Path(folder).absolute()
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last, self._keep_best, self._held = keep_last, keep_best, _Held()
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -76,11 +80,12 @@ class Checkpointer:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def save(self, step: int, state: Any, score: float | None) -> None:
+    def save(self, step: int, state: Any, score: float | None, keep: Sequence[int] = ()) -> None:
         """Copies `state` and returns; writing, commit and manifest follow in the background.
 
         `state`: a pytree of arrays with named parts (RunState), free to be donated or changed at once. `score` ranks
-        the step for `keep_best`; None (or a number that is not finite) is never best. First waits for the save before,
+        the step for `keep_best`; None (or a number that is not finite) is never best. `keep`: steps that are
+        not to be deleted now, whatever their age and score. First waits for the save before,
         raises what went wrong in it, and moves aside every step on disk that is newer than the one restored or not
         older than `step`. Raises ValueError when `step` is not newer than the last one saved.
         """
@@ -89,9 +94,10 @@ class Checkpointer:
             raise ValueError(f"step {step} is not newer than step {self._last_saved}, already saved in {self.folder}")
         score = float(score) if score is not None and math.isfinite(score) else None
         self._move_aside(step)
+        self._held.steps = tuple(keep)
         if self._manager is None:
             self._manager = self._open_manager()
-        items = {part: ocp.args.StandardSave(leaves) for part, leaves in _parts(state).items()}
+        items = {part: ocp.args.StandardSave(leaves) for part, leaves in parts(state).items()}
         metrics = None if score is None else {"score": score}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         self._last_saved, self._restored = step, None
@@ -110,6 +116,12 @@ class Checkpointer:
         finally:
             exchange.barrier("checkpoint:manifest")  # the first process has written it
         self.verified = self._last_saved
+
+    def retreat(self, step: int) -> None:
+        """Moves aside every step on disk that is newer than `step`, which stays."""
+        self.wait()
+        self._last_saved, self._restored = None, step
+        self._move_aside(step + 1)
 
     def close(self) -> None:
         """Waits, then ends the background threads. The object is not used again."""
@@ -149,7 +161,7 @@ class Checkpointer:
             raise nothing_intact
         verified = manifest.exists(self.folder / str(chosen))
         try:
-            state = _read(self.folder / str(chosen), abstract_state)
+            state = read(self.folder / str(chosen), abstract_state)
         except Exception as error:  # whatever Orbax makes of files that may be incomplete
             if verified or isinstance(error, TreeMismatch):
                 raise
@@ -219,7 +231,7 @@ class Checkpointer:
         keep_best = BestN(get_metric_fn=_score, n=self._keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,  # makes Orbax store the score; what is kept is the policy's business alone
-            preservation_policy=AnyPreservationPolicy([LatestN(self._keep_last), keep_best]),
+            preservation_policy=AnyPreservationPolicy([LatestN(self._keep_last), keep_best, self._held]),
             cleanup_tmp_directories=True,
         )
         try:
@@ -250,51 +262,3 @@ def _score(metrics: Any) -> float:
     """The score that Orbax stored; the lowest of all where its file was damaged but could be read."""
     score = metrics.get("score") if isinstance(metrics, dict) else None
     return float(score) if isinstance(score, int | float) else -math.inf
-
-
-def _parts(state: Any) -> dict[str, dict[str, Any]]:
-    """{part: {path: leaf}}: leaves by the first name and by the whole of their path, as in "train.params.embed"."""
-    parts: dict[str, dict[str, Any]] = {}
-    leaves = jax.tree.leaves_with_path(state)
-    for path, leaf in leaves:
-        part = jax.tree_util.keystr(path[:1], simple=True)
-        parts.setdefault(part, {})[jax.tree_util.keystr(path, simple=True, separator=".")] = leaf
-    if sum(map(len, parts.values())) != len(leaves):
-        raise ValueError("two leaves of the state have one path: a key of a dictionary holds a dot; rename it")
-    return parts
-
-
-def _read(step_folder: Path, abstract_state: Any) -> Any:
-    """Reads a step into the structure, dtypes and shardings of `abstract_state`. Raises TreeMismatch."""
-    parts = _parts(jax.tree.map(_abstract, abstract_state))
-    asked = {path: leaf for leaves in parts.values() for path, leaf in leaves.items()}
-    stored, restored = {}, {}
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        for part in parts:
-            if (step_folder / part).is_dir():
-                stored.update(reader.metadata(step_folder / part).item_metadata.tree)
-        _check_leaves(step_folder, stored, asked)
-        for part, leaves in parts.items():
-            restored.update(reader.restore(step_folder / part, args=ocp.args.StandardRestore(leaves)))
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[path] for path in asked])
-
-
-def _abstract(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_leaves(step_folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raises TreeMismatch for the first leaf that is not the same in both: Orbax would cast a dtype in silence."""
-    for path in sorted(stored.keys() | asked.keys()):
-        there, here = (
-            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" if leaf is not None else "no such leaf"
-            for leaf in (stored.get(path), asked.get(path))
-        )
-        if there != here:
-            raise TreeMismatch(
-                f"{step_folder}: leaf {path} is {there} in the checkpoint and {here} in this run: "
-                "use the model, optimizer and domains that the checkpoint was saved with"
-            )

@@ -14,6 +14,9 @@ whose numerics differ from the trainer's.
 With a critic (gae.py; PPO, 1707.06347) the mean value loss of the tokens is added. No parameter is in both losses, so
 neither needs a weight against the other, and each role has its own moments, clip and learning rate.
 
+lr_scale, a learning rate a row, multiplies A. Adam does not see a factor that all rows share, so A is multiplied by
+lr_scale / max lr_scale, and what the optimizer makes of the gradient by that maximum.
+
 Every denominator is global: `token_weights` is computed once from the whole batch, before micro-batches are cut, so a
 split batch has the gradient of the whole.
 """
@@ -203,10 +206,11 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update. A non-finite loss, gradient or update, or a batch without a token to learn from, leaves parameters
     and moments untouched and counts as skipped. With a critic the actor's are, too, for the first freeze_steps."""
+    scale, batch = shared_scale(batch)
     loss, metrics, grads = loss_and_grad(config, logp_fn, learning(state), batch)
     actor, critic = (state.params, state.opt_state), state.critic
     actor_grads, critic_grads = grads if critic else (grads, None)
-    rate = learning_rate(config, state.step)
+    rate = scale * learning_rate(config, state.step)
     moved, grad_norm, finite = descend(config, actor_grads, *actor, rate)
     usable = finite & jnp.isfinite(loss) & jnp.any(batch.loss_mask_BT)
     if critic:
@@ -224,6 +228,13 @@ def train_step(
         "policy/skipped": 1.0 - usable.astype(jnp.float32),
     }
     return TrainState(*kept(usable, moved, actor), state.step + 1, critic), metrics
+
+
+def shared_scale(batch: Batch) -> tuple[jax.Array, Batch]:
+    """(the largest lr_scale_B of the rows to learn from, f32[], and the batch with lr_scale_B relative to it)."""
+    largest = jnp.max(jnp.where(batch.loss_mask_BT.any(axis=1), batch.lr_scale_B, 0.0))
+    scale = jnp.where(largest > 0, largest, 1.0)
+    return scale, batch._replace(lr_scale_B=batch.lr_scale_B / scale)
 
 
 def descend(config: AlgorithmConfig, grads, params: Params, opt_state, rate: jax.Array):

@@ -158,6 +158,6 @@ def save(path: Path, results: Results) -> None:
 
 
 def load(path: Path) -> Results:
-    with np.load(path) as arrays:
+    with open(path, "rb") as file, np.load(file) as arrays:
         names = [key.removeprefix("greedy/") for key in arrays if key.startswith("greedy/")]
         return {name: DomainResult(arrays[f"greedy/{name}"], arrays.get(f"sampled/{name}")) for name in names}

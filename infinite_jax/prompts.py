@@ -7,6 +7,7 @@ A trainer uses either in the same way: position = start(); take(...) at each ste
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,6 +58,14 @@ def tokenise(
             )
         prompts.append(Prompt(row, ids, domain))
     return prompts
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first of each; two are the same where the model reads the same and the answer is the same."""
+    found = {}
+    for prompt in prompts:
+        found.setdefault((prompt.ids, json.dumps(prompt.row.get("answer"), sort_keys=True)), prompt)
+    return list(found.values())
 
 
 class PromptSets:

@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 from infinite_jax import atomic, pictures
 
 METRICS, EVENTS, TRANSCRIPTS = FILES = ("metrics.jsonl", "events.jsonl", "transcripts.jsonl")
-OF_EVALUATION = ("eval/", "canary/", "forgetting/")
+OF_EVALUATION = ("eval/", "canary/", "forgetting/", "safety/")
 
 
 class RunLog:
@@ -125,7 +125,7 @@ def truncate_after(run_dir: Path, step: int | None, eval_every: int) -> None:
         kept = [row for row in read(run_dir / name) if step is not None and row["step"] <= step]
         if name == METRICS and kept and step % eval_every:
             kept[-1] = {key: value for key, value in kept[-1].items() if not key.startswith(OF_EVALUATION)}
-        _replace(run_dir / name, kept)
+        replace(run_dir / name, kept)
 
 
 def amend(run_dir: Path, step: int, names: Sequence[str], metrics: dict[str, float | int | None]) -> None:
@@ -135,8 +135,9 @@ def amend(run_dir: Path, step: int, names: Sequence[str], metrics: dict[str, flo
         if row["step"] == step:
             row |= {key: _defined(value) for key, value in metrics.items()}
             row |= forgetting(rows[:place], row, names)
-    _replace(run_dir / METRICS, rows)
+    replace(run_dir / METRICS, rows)
 
 
-def _replace(path: Path, rows: list[dict]) -> None:
+def replace(path: Path, rows: list[dict]) -> None:
+    """Such a file, whole or as it was."""
     atomic.replace(path, "".join(json.dumps(row) + "\n" for row in rows))

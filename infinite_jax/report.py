@@ -13,7 +13,7 @@ from pathlib import Path
 from configs import cli
 from infinite_jax import atomic
 from infinite_jax.drawing import logged
-from infinite_jax.page import calibration, curriculum, hacking, held_out, training
+from infinite_jax.page import calibration, curriculum, hacking, held_out, safety, training
 from infinite_jax.page import run as run_input
 from infinite_jax.page.held_out import Changes
 from infinite_jax.page.pieces import Section, duration, esc, number, signed
@@ -58,9 +58,10 @@ def write(run: Run, out: Path) -> None:
 
 def page(run: Run) -> str:
     """The page as HTML."""
-    found = held_out.changes(run)
+    found, watched = held_out.changes(run), safety.watched(run)
     sections = [
         held_out.held_out(run, found),
+        *([watched] if watched else []),
         curriculum.stability(run),
         curriculum.shares(run),
         curriculum.queue(run),

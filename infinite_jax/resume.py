@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
-from infinite_jax import changes, gate, grader_watch, record, run_folder
+from infinite_jax import baseline, changes, gate, grader_watch, record, rollback, run_folder
 from infinite_jax.session import open_session, set_up_runtime
 from infinite_jax.train import evaluate, train
 from sharding import exchange, multihost
@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = changes.apply(run_folder.load_config(run_dir, overrides), asked)
         set_up_runtime(config)
         cli.join_processes(given)
+        if refused := rollback.halted(run_dir):
+            if multihost.is_first():
+                print(refused, file=sys.stderr)
+            multihost.shutdown()
+            return cli.HALTED
         screened = gate.screen(config, run_dir)
         if screened.halted:
             gate.write(run_dir / gate.FOLDER / "refused", screened)  # the run's own report stays
@@ -42,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_folder.check_data(run_dir, session.data_sha256)
             # one copy of the state at a time: the fresh one is freed before the saved one is read
             session, state = session._replace(state=None), session.state
-            abstract, start, known = run_folder.abstract(state), None, run_folder.saved_changes(run_dir)
+            abstract, start, entry = run_folder.abstract(state), None, None
+            known = run_folder.saved_changes(run_dir)
+            if not run_folder.checkpoints(run_dir).steps() and rollback.journal(run_dir):
+                raise ValueError(f"{run_dir}: it went back to a checkpoint, and none is left: copy one from a backup")
             if run_folder.checkpoints(run_dir).steps():
                 state = None
-                start, state = changes.restore(
-                    run_folder.checkpoints(run_dir), session, abstract, known + changes.entry(asked, 0)
-                )
+                start, state, entry = rollback.restore(session, run_dir, abstract, known + changes.entry(asked, 0))
                 if start >= config.run.steps:
                     raise ValueError(
                         f"run.steps={config.run.steps}: the run is at step {start} already; give a larger one"
@@ -56,13 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                     raise ValueError(
                         f"run.tokens={config.run.tokens}: the run has generated {state.tokens} already; give more, or 0"
                     )
+            if config.upgrade.active and start is not None:
+                baseline.read(config, run_dir)
             config = changes.date(config, asked, start or 0)
             session = session._replace(config=config)
             state, new = changes.grow(session, state)
+            state = rollback.returned(session, state, entry, start)
             exchange.barrier("resume:read")  # before the first process changes what the others read
             if multihost.is_first():
                 grader_watch.check_saved(config, run_dir, start)
-                record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
+            if entry:
+                rollback.settle(run_dir, entry, start)
+            if multihost.is_first():
+                if not entry:
+                    record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
                 run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
                 gate.write(run_dir / gate.FOLDER, screened)
         except BaseException:

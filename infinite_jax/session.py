@@ -3,6 +3,7 @@
 All that the user gave is read and checked here, before anything is compiled.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -16,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs import limits
-from configs.schema import Config
-from curriculum import domains, policies
+from configs.schema import Config, EvalConfig
+from curriculum import domains, monitor, policies
 from curriculum.domains import Domain
 from curriculum.triage import NEVER, Roster, roster
 from infinite_jax import conversation, placement, prompts
@@ -44,6 +45,7 @@ class Session(NamedTuple):
     names: list[str]
     grader: RubricEvaluator
     evaluator: Evaluator
+    baseline: Evaluator | None  # of M0, in an upgrade
     canary: Canary | None
     trainer: InfiniteGRPOTrainer
     state: RunState  # of step 0
@@ -132,7 +134,8 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         stream = PriorityStream(train, seed, config.curriculum.prompt)
     else:
         stream = Stream(train, names, seed)
-    curriculum = policies.build(config.curriculum)
+    upgraded = config.upgrade if config.upgrade.active else None
+    curriculum = policies.build(config.curriculum, upgraded)
     # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
     reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
     canary = (
@@ -168,17 +171,31 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         stream,
         curriculum,
         config.curriculum.capacity,
+        np.array([domain.kl for domain in config.domains], np.float32),
+        upgraded,
         grader,
         talk,
         seed,
     )
-    evaluator = Evaluator(config.eval, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, talk, seed)
+
+    def evaluator_of(asked: EvalConfig, test: list[list[Prompt]]) -> Evaluator:
+        return Evaluator(asked, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, talk, seed)
+
+    baseline = None
+    if upgraded is not None:
+        asked = dataclasses.replace(config.eval, prompts=upgraded.baseline * config.eval.prompts, samples=1)
+        baseline = evaluator_of(asked, list(map(prompts.distinct, test)))
+    evaluator = evaluator_of(config.eval, test)
     triage = curriculum.init(seed, members(config, stream.sets.size_D))
     triage = exchange.replicated(mesh, triage)
     train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, offload)
-    state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64))
+    watching = None
+    if config.upgrade.active:  # on the host: every process holds it whole, and a checkpoint of it belongs to no mesh
+        watching = jax.device_get(monitor.init(config.upgrade.monitor, len(names)))
+    state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64), watching)
     hashes = _data_hashes(names, train, test)
-    return Session(config, mesh, decoder, text, names, grader, evaluator, canary, trainer, state, hashes, environments)
+    parts = (grader, evaluator, baseline, canary, trainer, state)
+    return Session(config, mesh, decoder, text, names, *parts, hashes, environments)
 
 
 def members(config: Config, size_D: np.ndarray) -> Roster:

@@ -5,6 +5,7 @@
 With no argument: the embedded model on the embedded domains, minutes on two CPU cores, no network.
 """
 
+import argparse
 import itertools
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import gate, heldout, record, run_folder, transcripts
+from infinite_jax import baseline, gate, heldout, record, rollback, run_folder, safety, transcripts
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.grader_watch import GraderWatch
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = cli.parser("train", __doc__.splitlines()[0])
     cli.add_config_arguments(arguments)
     cli.add_process_arguments(arguments)
-    given = arguments.parse_args(argv)
+    return begin(arguments.parse_args(argv))
+
+
+def begin(given: argparse.Namespace) -> int:
+    """A run from its configuration on. given: what cli.add_config_arguments and add_process_arguments ask for."""
     with cli.bad_input():
         config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
         set_up_runtime(config)
@@ -49,13 +54,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(session: Session, run_dir: Path, state: RunState, after: int | None = None) -> int:
-    """All steps up to run.steps, or those after the restored step `after`.
+    """All steps up to run.steps, or those after the restored step `after`; some again, where the run goes back.
 
-    All processes run it together; the first one writes and shows. Returns the exit code: 0 done, 75 stopped by SIGTERM
-    or Ctrl-C after saving.
+    All processes run it together; the first one writes and shows. Returns the exit code: 0 done, 3 halted by the
+    monitor of an upgrade, 75 stopped by SIGTERM or Ctrl-C after saving.
     """
+    abstract = run_folder.abstract(state)
+    while True:
+        code, back = attempt(session, run_dir, state, after)
+        if back is None:
+            return code
+        with multihost.shared_fate():
+            state = None  # one copy of it at a time
+            rollback.write(run_dir, back)
+            say(f"step {back['at']}: {back['kind']} to step {back['to']}: {back['because']}")
+            if back["kind"] == safety.HALT:
+                say(rollback.halted(run_dir))
+                return cli.HALTED
+            if code == cli.PREEMPTED:
+                say(outcome_of(run_dir, back["to"], True, True))
+                return code
+            after, state = rollback.go_back(session, run_dir, abstract)
+
+
+def say(line: str) -> None:
+    if multihost.is_first():
+        print(line, flush=True)
+
+
+def attempt(session: Session, run_dir: Path, state: RunState, after: int | None) -> tuple[int, dict | None]:
+    """(exit code, None) at the end, or what the journal is to say of the way back (rollback.py)."""
     run, stop, start = session.config.run, StopSignal(), after or 0
     step, last, stopping, failures = start, False, False, Failures(session)
+    saves = run.checkpoint_every > 0 or safety.acts(session.config)
     compilations = CompilationCounter()
     multihost.advise(remedy(run_dir, after))
     with (
@@ -66,25 +97,32 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
         multihost.shared_fate(),
     ):
         if after is None:
+            state = baseline.begin(session, run_dir, state)
             metrics, results = evaluate(session, run_dir, 0, state)
             graders = GraderWatch.start(session, run_dir, results)
+            watch = safety.start(session, run_dir, evaluation_file(run_dir, 0))
+            metrics |= safety.judge(watch, 0, state, results, run.eval_every).metrics
             del results
             log.write(0, metrics)
             progress.show(0, metrics)
             failures.warn()
-            if run.checkpoint_every:
+            if saves:
                 save(checkpoints, log, 0, state, metrics)
         else:
+            watch = safety.start(session, run_dir, evaluation_file(run_dir, 0))
             graders = GraderWatch.resume(session, run_dir, after)
         for step in range(start + 1, run.steps + 1):
             before = state._replace(train=None)  # the step donates it
             state, outcome = graders.after(step, before, *session.trainer.step(state))
             metrics, sampled = outcome.metrics, outcome.sampled
-            last = step == run.steps or 0 < run.tokens <= state.tokens
+            last, verdict = step == run.steps or 0 < run.tokens <= state.tokens, safety.Verdict(state, {})
             if last or step % run.eval_every == 0:
-                metrics |= evaluate(session, run_dir, step, state)[0]
+                of_evaluation, results = evaluate(session, run_dir, step, state)
+                verdict = safety.judge(watch, step, state, results, run.eval_every)
+                metrics, state = metrics | of_evaluation | verdict.metrics, verdict.state
+                del results
             metrics |= {"time/compilations": compilations.since_last()} | record.memory()
-            log.write(step, metrics, outcome.events)
+            log.write(step, metrics, [*outcome.events, *verdict.events])
             if transcripts.due(step, run.eval_every):
                 log.transcribe(transcripts.pick(step, sampled.chosen, sampled.replies, sampled.grades, session.names))
             progress.show(step, metrics)
@@ -92,15 +130,18 @@ def train(session: Session, run_dir: Path, state: RunState, after: int | None = 
             if run.check_every and step % run.check_every == 0:
                 exchange.check_same(state._replace(train=None), f"step {step}")
             stopping = any(exchange.gather(stop.asked))
-            if run.checkpoint_every and (last or stopping or step % run.checkpoint_every == 0):
-                save(checkpoints, log, step, state, metrics)
+            if verdict.back:
+                log.sync()
+                return cli.PREEMPTED if stopping else cli.DONE, verdict.back
+            due = run.checkpoint_every and step % run.checkpoint_every == 0
+            if saves and (due or last or stopping or verdict.clean):
+                save(checkpoints, log, step, state, metrics, safety.held(before, state))
             multihost.advise(remedy(run_dir, checkpoints.verified))
             if stopping or last:
                 log.draw()
                 break
-    if multihost.is_first():
-        print(outcome_of(run_dir, step, stopping and not last, run.checkpoint_every > 0))
-    return cli.PREEMPTED if stopping and not last else cli.DONE
+    say(outcome_of(run_dir, step, stopping and not last, saves))
+    return cli.PREEMPTED if stopping and not last else cli.DONE, None
 
 
 def outcome_of(run_dir: Path, step: int, stopped: bool, saved: bool) -> str:
@@ -155,9 +196,11 @@ class Failures:
                 print(f"warning: domain {name}: {rows} replies could not be graded: {reason}", file=sys.stderr)
 
 
-def save(checkpoints: Checkpointer, log: record.RunLog, step: int, state: RunState, metrics: dict) -> None:
+def save(
+    checkpoints: Checkpointer, log: record.RunLog, step: int, state: RunState, metrics: dict, keep: tuple[int, ...] = ()
+) -> None:
     log.sync()  # a saved step must not be ahead of its row
-    checkpoints.save(step, state, metrics.get("eval/macro"))
+    checkpoints.save(step, state, metrics.get("eval/macro"), keep)
 
 
 class StopSignal:

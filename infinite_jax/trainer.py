@@ -14,7 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig
-from curriculum.triage import DomainStats
+from curriculum import upgrade
+from curriculum.monitor import MonitorState
+from curriculum.triage import DomainStats, TriageState
+from curriculum.upgrade import UpgradeConfig
 from infinite_jax import batch, conversation, grpo, prompts, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.conversation import Conversed, Talk
@@ -31,6 +34,7 @@ from sharding import exchange
 
 # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
 ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM = range(3)
+ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 
 
 class Outcome(NamedTuple):  # what a step leaves for people to read
@@ -39,8 +43,16 @@ class Outcome(NamedTuple):  # what a step leaves for people to read
     events: list[dict]  # changes that want attention: {kind, domain, ...}
 
 
-def stream_key(seed: int, step: int, stream: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), stream)
+def stream_key(seed: int, step: int, stream: int, attempt: int = 0) -> jax.Array:
+    """attempt: rollbacks so far; a step tried again has keys of its own."""
+    root = jax.random.key(seed)
+    if attempt:
+        root = jax.random.fold_in(jax.random.fold_in(root, ATTEMPTS), attempt)
+    return jax.random.fold_in(jax.random.fold_in(root, step), stream)
+
+
+def attempt_of(state: RunState) -> int:
+    return 0 if state.monitor is None else int(state.monitor.attempt)
 
 
 class InfiniteGRPOTrainer:
@@ -51,6 +63,8 @@ class InfiniteGRPOTrainer:
       reference: frozen parameters in the compute dtype, the KL anchor; never updated.
       curriculum: a policy of curriculum.policies.
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
+      kl_D: f32[D], factor of each domain on algorithm.kl_coef.
+      upgraded: None where the run is no upgrade.
       talk: None where every domain grades single replies.
     """
 
@@ -69,6 +83,8 @@ class InfiniteGRPOTrainer:
         stream: Stream | PriorityStream,
         curriculum,
         capacity: str,
+        kl_D: np.ndarray,
+        upgraded: UpgradeConfig | None,
         grader: RubricEvaluator,
         talk: Talk | None,
         seed: int,
@@ -77,6 +93,7 @@ class InfiniteGRPOTrainer:
         self.mesh, self.rollout_mesh, self.offload = mesh, rollout_mesh, offload
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
         self.capacity, self.grader, self.talk, self.seed = capacity, grader, talk, seed
+        self.kl_coef_D, self.upgraded = np.float32(config.kl_coef) * kl_D, upgraded
         self.talks_D = [talk is not None and talk.environments.of_domain[d] is not None for d in range(len(names))]
         self.sampling = Sampling(
             config.temperature,
@@ -106,10 +123,10 @@ class InfiniteGRPOTrainer:
             policy = sync(self.decoder, state.train.params, self.rollout_mesh)
             rounds, sampled, position = self.sample(state, policy, draw.domain_P, clock)
             del policy  # a copy, where the meshes differ
-            lr_scale_D = self._lr_scale(state.curriculum)
+            lr_scale_D, kl_coef_D = self._lr_scale(state.curriculum), self.kl_coef(state.monitor)
             reference = fetched(self.reference)
-            scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D)
-            key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM)
+            scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D, kl_coef_D)
+            key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM, attempt_of(state))
             made = _prepare(self.config, self.scorer, *scored)
             del reference, scored  # a copy, where it waits on the host
             train, update = _train_step(self.config, self.scorer, state.train, made, key, self.offload)
@@ -126,11 +143,18 @@ class InfiniteGRPOTrainer:
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
         about = (self.names, self.grader.rubrics, self.talks_D)
         metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
+        metrics |= self._of_upgrade(state.curriculum, kl_coef_D)
         tokens = state.tokens + metrics["tokens/generated"]
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
         outcome = Outcome(metrics, sampled, self._events(*fallen_D, triage))
-        return RunState(train, curriculum, position, tokens), outcome
+        return RunState(train, curriculum, position, tokens, state.monitor), outcome
+
+    def kl_coef(self, watched: MonitorState | None) -> np.ndarray:
+        """f32[D], weight of each domain's KL, as the monitor of an upgrade has it now."""
+        if watched is None:
+            return self.kl_coef_D
+        return self.kl_coef_D * jax.device_get(_effects(self.upgraded, watched)).kl_scale
 
     def sample(self, state: RunState, params, domain_P: np.ndarray, clock: Clock) -> tuple[list[Round], Round, object]:
         """(all rounds, the groups to learn from, position in the data): prompts of the drawn domains, answered, graded.
@@ -144,7 +168,8 @@ class InfiniteGRPOTrainer:
         level_D = jax.device_get(state.curriculum.level)
         while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
             chosen, position = self.stream.take(domain_P, level_D, position)
-            rollout, conversed = self.rollout(params, chosen, int(state.curriculum.step), len(rounds))
+            step, attempt = int(state.curriculum.step), attempt_of(state)
+            rollout, conversed = self.rollout(params, chosen, step, len(rounds), attempt)
             replies = self.read(rollout, conversed)
             clock.lap("rollout")
             grades, scores_BK = self.grade(chosen, replies, conversed)
@@ -155,10 +180,12 @@ class InfiniteGRPOTrainer:
             sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
         return rounds, sampled, position
 
-    def rollout(self, params, chosen: list[Prompt], step: int, number: int = 0) -> tuple[Rollout, Conversed | None]:
+    def rollout(
+        self, params, chosen: list[Prompt], step: int, number: int = 0, attempt: int = 0
+    ) -> tuple[Rollout, Conversed | None]:
         """G samples of each prompt; rows p x G .. p x G + G - 1 are those of prompt p.
 
-        params: as `sync` gives them. number: of the round.
+        params: as `sync` gives them. number: of the round. attempt: at this step.
         """
         # the first step takes the largest shape, so that a run that will not fit in memory fails at once; rounds are
         # mixed row by row, so that all have one shape
@@ -166,7 +193,7 @@ class InfiniteGRPOTrainer:
         buckets = buckets if step and not self.curriculum.resample else buckets[-1:]
         prompt_PT, length_P = prompts.pad(chosen, buckets, self.sampling.pad_id)
         with jax.set_mesh(self.rollout_mesh):
-            key = stream_key(self.seed, step, ROLLOUT_STREAM)
+            key = stream_key(self.seed, step, ROLLOUT_STREAM, attempt)
             key = jax.random.fold_in(key, number) if number else key
         asked = (chosen, prompt_PT, length_P, key)
         made, conversed = conversation.respond(
@@ -229,6 +256,16 @@ class InfiniteGRPOTrainer:
             cost_P = computing * work_P / work_P.sum() + seconds["time/grade_s"] / rounds / len(work_P)
         return _tally(self.config.group_size, len(self.names), done.rollout.domain_B, done.grades, cost_P)
 
+    def _of_upgrade(self, curriculum: TriageState, kl_coef_D: np.ndarray) -> Metrics:
+        """What a step of an upgrade was drawn and learnt with; nothing in other runs."""
+        if self.upgraded is None:
+            return {}
+        ramp_D, new_share = jax.device_get((_ramp(self.upgraded, curriculum), curriculum.new_share))
+        found = {"upgrade/new_share": new_share.item()} if self.upgraded.split else {}
+        for name, ramp, coefficient in zip(self.names, ramp_D, kl_coef_D, strict=True):
+            found |= {f"upgrade/ramp/{name}": ramp.item(), f"upgrade/kl_coef/{name}": coefficient.item()}
+        return found
+
     def _events(self, before_D: np.ndarray, after_D: np.ndarray, triage: dict) -> list[dict]:
         """Drift flags that rose or fell with this step."""
         events = []
@@ -241,6 +278,7 @@ class InfiniteGRPOTrainer:
 
 # Of the module, not of a trainer: a second run in this process with the same static settings compiles nothing.
 _prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
+_effects, _ramp = (jax.jit(part, static_argnums=0) for part in (upgrade.effects, upgrade.ramp))
 _tally = jax.jit(batch.tally, static_argnums=(0, 1))
 _value_drift = jax.jit(batch.value_drift, static_argnums=0)
 

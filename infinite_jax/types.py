@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     logp_ref_BT: jax.Array  # f32, under the frozen reference
     advantage_BT: jax.Array  # f32
     kl_coef_B: jax.Array  # f32, weight of the KL term in the loss
-    lr_scale_B: jax.Array  # f32, multiplies the advantage
+    lr_scale_B: jax.Array  # f32, learning rate of the row relative to the configured one
     judged: Judged | None = None  # only with a critic
 
 
@@ -85,3 +85,4 @@ class RunState(NamedTuple):
     curriculum: Any  # TriageState
     position: Any  # in the training data: prompts.Cursors, or PromptState where curriculum.level is prompt
     tokens: np.ndarray  # i64[], generated for training so far
+    monitor: Any = None  # MonitorState; None outside upgrade mode

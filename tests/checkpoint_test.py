@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from infinite_jax import checkpoint, manifest
+from infinite_jax import checkpoint, leaves, manifest
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.types import RunState, TrainState
 
@@ -177,7 +177,7 @@ def test_orbax_alone_restores_a_changed_value_in_silence(tmp_path):
         checkpointer.save(1, value, None)
         checkpointer.wait()
         flip(data_file(tmp_path / "1"), 5000)
-        restored = checkpoint._read(tmp_path / "1", value)
+        restored = leaves.read(tmp_path / "1", value)
         assert (np.asarray(restored["a"]["x"]) != np.asarray(value["a"]["x"])).sum() == 1
         with pytest.raises(ValueError, match="none of the checkpoints 1 is intact"):
             checkpointer.restore(value)
@@ -452,3 +452,23 @@ def test_killed_at_any_moment(tmp_path):
 def wait_and_restore(folder, asked):
     time.sleep(0.05)  # the killed process is gone when its open files are
     return Checkpointer(folder, 2, 1).restore(asked)
+
+
+def test_steps_to_keep_outlive_newer_ones_until_they_are_no_longer_named(tmp_path):
+    with Checkpointer(tmp_path, 1, 0) as checkpointer:
+        for step, keep in ((0, ()), (2, (0, 0)), (4, (0, 0)), (6, (0, 6)), (8, (6, 6))):
+            checkpointer.save(step, small(step), None, keep)
+            checkpointer.wait()
+            assert checkpointer.steps() == sorted({step, *keep}), step
+        assert checkpointer.restore(abstract(small(0)), 6)[0] == 6
+
+
+def test_a_retreat_moves_newer_steps_aside_and_nothing_else(tmp_path):
+    saved(tmp_path, (1, 2, 3, 4)).retreat(2)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3.superseded", "4.superseded"}
+    again = Checkpointer(tmp_path, 10, 0)
+    again.retreat(2)  # as after a kill
+    assert again.steps() == [1, 2] and again.restore(abstract(small(0)))[0] == 2
+    with Checkpointer(tmp_path, 10, 0, after=2) as checkpointer:
+        checkpointer.save(3, small(30), None)
+    assert saved(tmp_path, ()).restore(abstract(small(0)))[1]["b"] == 30

@@ -74,7 +74,8 @@ def test_the_tiny_model_learns_to_repeat_what_it_was_told():
             rollout = Rollout(
                 made.tokens_BT, made.loss_mask_BT, made.logp_BT, np.zeros(64, np.int32), prompt_B, made.done_B
             )
-            ready = prepare(ALGORITHM, scorer, state.params, state.params, rollout, grades, np.ones(1, np.float32))
+            scored = (state.params, state.params, rollout, grades, np.ones(1, np.float32), np.zeros(1, np.float32))
+            ready = prepare(ALGORITHM, scorer, *scored)
             state, metrics = update(ALGORITHM, scorer, state, ready, key)
             passed.append(float((grade_B >= 3).mean()))
             assert float(metrics["rollout/logp_gap"]) < 1e-4  # sampler and trainer agree on rows with gaps

@@ -66,6 +66,7 @@ def test_loss_gradients_and_update_are_those_of_a_torch_ppo():
     import torch
 
     made = made_batch()
+    made = made._replace(lr_scale_B=made.lr_scale_B.at[0].set(1))  # the largest: the update itself is not scaled
     actor, values = (torch.tensor(np.array(x), requires_grad=True) for x in ROLES)
     tokens, mask = torch.tensor(np.array(made.tokens_BT), dtype=torch.long), torch.tensor(np.array(made.loss_mask_BT))
     scaled = made.advantage_BT * made.lr_scale_B[:, None]
@@ -106,13 +107,13 @@ def test_advantages_and_returns_by_hand_from_rewards_and_kl():
     grades = Grades(np.ones(rows), np.array([1, 0.5, 0, np.nan, 1], np.float32), np.array([1, 1, 1, 0, 1], bool))
     reference = jnp.asarray(RNG.normal(size=(V, V)), jnp.float32)
     prepare = jax.jit(batch.prepare, static_argnums=(0, 1))
-    made = prepare(CONFIG, tables, ROLES, reference, rollout, grades, jnp.ones(rows))
+    made = prepare(CONFIG, tables, ROLES, reference, rollout, grades, jnp.ones(rows), 0.1 * np.arange(1, rows + 1))
     logp, _, value = (np.asarray(x, np.float64) for x in tables(ROLES, tokens, None))
     kl = logp - np.asarray(tables(reference, tokens, None)[0], np.float64)
     advantage, outcome = np.zeros(mask.shape), np.zeros(mask.shape)
     for b in (0, 1, 2, 4):
         steps = np.flatnonzero(mask[b])
-        reward = [-0.1 * kl[b, t] + (grades.reward_B[b] if t == steps[-1] else 0) for t in steps]
+        reward = [-0.1 * (b + 1) * kl[b, t] + (grades.reward_B[b] if t == steps[-1] else 0) for t in steps]
         values = [*value[b, steps], 0.0]
         delta = [reward[i] + 0.9 * values[i + 1] - values[i] for i in range(len(steps))]
         for i, t in enumerate(steps):
@@ -139,7 +140,7 @@ def test_microbatches_have_the_gradients_of_the_whole():
 def test_a_frozen_actor_is_bit_identical_while_the_critic_learns():
     config = dataclasses.replace(CONFIG, freeze_steps=3, epochs=2, minibatches=2, weight_decay=0.1)
     update = jax.jit(grpo.update, static_argnums=(0, 1))
-    start, made = started(config), made_batch()
+    start, made = started(config), made_batch()._replace(lr_scale_B=jnp.ones(8))
     first, metrics = update(dataclasses.replace(config, freeze_steps=4), tables, start, made, jax.random.key(0))
     for a, b in zip(jax.tree.leaves(first[:2]), jax.tree.leaves(start[:2]), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -240,6 +240,38 @@ def test_the_sequence_ratio_has_the_gradient_of_gspo():
     np.testing.assert_allclose(found, jax.grad(weighted)(PARAMS), rtol=1e-5, atol=1e-7)
 
 
+def test_a_learning_rate_that_all_rows_share_is_one_of_the_update():
+    """Adam's first step is g / (|g| + eps) of any size of g: without the factor on it, .1 and 1 would move alike.
+
+    A mixed batch: A of the slower rows is scaled, the update is not. A batch of slow rows alone: the other way round.
+    """
+    batch, start = make_batch(6, 5), TrainState(PARAMS, grpo.optimizer(CONFIG).init(PARAMS), jnp.int32(0))
+    step = jax.jit(grpo.train_step, static_argnums=(0, 1))
+
+    def moved(scale, advantage_BT=batch.advantage_BT, mask_BT=batch.loss_mask_BT):
+        given = batch._replace(
+            lr_scale_B=jnp.asarray(scale, jnp.float32), advantage_BT=advantage_BT, loss_mask_BT=mask_BT
+        )
+        state, metrics = step(CONFIG, bigram, start, given)
+        return np.asarray(state.params - PARAMS), float(metrics["policy/learning_rate"])
+
+    full, rate = moved(np.ones(6))
+    slow, slow_rate = moved(np.full(6, 0.1))
+    assert np.abs(full).max() > 0.05
+    np.testing.assert_allclose(slow, 0.1 * full, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose([rate, slow_rate], [0.1, 0.01], rtol=1e-6)
+
+    scale = np.array([1, 0.2, 0.2, 1, 0.5, 0.5])
+    np.testing.assert_allclose(moved(scale)[0], moved(np.ones(6), batch.advantage_BT * scale[:, None])[0], rtol=1e-5)
+    half = moved(scale / 2)  # the largest is one half: relative to one another as before, the update half
+    np.testing.assert_allclose(half[0], moved(scale)[0] / 2, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(half[1], 0.05, rtol=1e-6)
+
+    learnt_BT = batch.loss_mask_BT & (scale < 0.4)[:, None]  # rows that are not learnt from do not set the scale
+    alone = moved(scale, mask_BT=learnt_BT)
+    np.testing.assert_allclose(alone[0], 0.2 * moved(np.ones(6), mask_BT=learnt_BT)[0], rtol=1e-4, atol=1e-7)
+
+
 def test_updates_of_a_batch_go_through_every_group_once_an_epoch():
     config = dataclasses.replace(CONFIG, group_size=2, epochs=2, minibatches=2)
     batch, key = make_batch(8, 5), jax.random.key(3)
@@ -273,7 +305,7 @@ def test_adamw_agrees_with_torch():
     import torch
 
     config = dataclasses.replace(CONFIG, weight_decay=0.1, learning_rate=0.01, max_grad_norm=0.05)
-    batch = make_batch(6, 5)
+    batch = make_batch(6, 5)._replace(lr_scale_B=jnp.ones(6))
     theirs = torch.nn.Parameter(torch.tensor(np.array(PARAMS)))
     adam = torch.optim.AdamW(
         [theirs], lr=0.01, betas=(config.adam_b1, config.adam_b2), eps=config.adam_eps, weight_decay=0.1

@@ -93,6 +93,7 @@ def test_a_run_writes_what_it_promises(straight):
     assert {row["step"] for row in record.read(straight / record.TRANSCRIPTS)} == {1, 3, 5}
     assert (straight / "config.yaml").is_file() and list((straight / "tb").iterdir())
     assert "NaN" not in (straight / "metrics.jsonl").read_text()
+    assert not any(key.startswith("upgrade/") for key in rows[1]) and not (straight / "baseline.npz").exists()
 
 
 def test_nothing_compiles_after_the_first_step(straight):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.cli import compose_config
+from curriculum import triage
 from infinite_jax import batch, grpo, trainer
 from infinite_jax.prompts import Prompt, Stream, pad
 from infinite_jax.types import Rollout
@@ -39,9 +40,10 @@ def logp_fn(params, tokens_BT, mask_BT):
     return logp, logp * 0
 
 
-def prepared(rollout=ROLLOUT, **changes):
+def prepared(rollout=ROLLOUT, kl_D=(1, 1, 1, 1), **changes):
     config, parameters = dataclasses.replace(CONFIG, **changes), (jnp.float32(0.1), jnp.float32(0.2))
-    return batch.prepare(config, logp_fn, *parameters, rollout, GRADES, jnp.array([1, 1, 0.5, 1]))
+    kl_coef_D = config.kl_coef * jnp.asarray(kl_D, jnp.float32)
+    return batch.prepare(config, logp_fn, *parameters, rollout, GRADES, jnp.array([1, 1, 0.5, 1]), kl_coef_D)
 
 
 STATS = batch.tally(2, 4, ROLLOUT.domain_B, GRADES, jnp.array([1.0, 2.0, 3.0, 4.0]))
@@ -90,6 +92,17 @@ def test_scores_keep_the_row_order_through_micro_batches_and_name_the_right_para
     np.testing.assert_allclose(made.kl_coef_B, 0.3)
 
 
+@pytest.mark.parametrize("kl_type", ["loss", "reward"])
+def test_the_kl_of_a_row_is_its_domains(kl_type):
+    """k1 of rows 2 and 3, domain 2: .1 x (7 + 8) and .1 x (10 + 11), centred -.3 and .3, times .2 x its factor 4."""
+    changes = dict(kl_type=kl_type, kl_estimator="k1", kl_coef=0.2)
+    made = prepared(kl_D=(1, 2, 4, 8), **changes)
+    in_loss, in_reward = (1, 0) if kl_type == "loss" else (0, 1)
+    np.testing.assert_allclose(made.kl_coef_B, np.array([0.2, 0.2, 0.8, 0.8, 0.8, 0.8, 0.4, 0.4]) * in_loss, rtol=1e-6)
+    np.testing.assert_allclose(made.advantage_BT[2:4, 1], np.array([0.24, -0.24]) * in_reward, rtol=1e-4)
+    np.testing.assert_allclose(made.advantage_BT[:2], prepared(**changes).advantage_BT[:2])
+
+
 def test_kl_in_the_reward_moves_the_advantage_and_not_the_triage():
     made = prepared(kl_type="reward", kl_estimator="k1", kl_coef=0.1)
     # k1 = logp - logp_ref = 0.1 x token; row 0 holds tokens 1, 2 and row 1 token 4: penalties .03 and .04
@@ -124,7 +137,7 @@ class Scripted:
             passes, score_B = np.array(passes, np.float32), np.arange(8, dtype=np.float32) + 10 * number
             return Scored(Grades(1 + 3 * passes, passes, np.ones(8, bool)), score_B[:, None])
 
-        def rollout(params, chosen, step, number):
+        def rollout(params, chosen, step, number, attempt):
             return ROLLOUT._replace(tokens_BT=ROLLOUT.tokens_BT + 100 * number), None
 
         self.stream = types.SimpleNamespace(take=take, learn=lambda position, chosen, grades: position)
@@ -134,7 +147,7 @@ class Scripted:
 
 def sample(rounds):
     curriculum = types.SimpleNamespace(level=np.ones(3), step=5)
-    state = types.SimpleNamespace(curriculum=curriculum, position=0)
+    state = types.SimpleNamespace(monitor=None, curriculum=curriculum, position=0)
     return Scripted(rounds).sample(state, None, np.array([0, 2, 2, 1]), trainer.Clock())
 
 
@@ -180,6 +193,19 @@ def test_every_step_and_stream_has_a_key_of_its_own():
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == len(keys)
     again = trainer.stream_key(0, 2, 1)
     assert (jax.random.key_data(again) == jax.random.key_data(keys[5])).all()
+
+
+def test_a_step_tried_again_has_keys_of_its_own():
+    tried = [
+        trainer.stream_key(0, step, stream, attempt) for attempt in range(3) for step in range(3) for stream in range(3)
+    ]
+    rounds = [jax.random.fold_in(key, number) for key in tried for number in range(1, 3)]
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in tried + rounds}) == 27 * 3
+    roots = [triage.root_key(0, attempt) for attempt in range(3)]
+    draws = [jax.random.fold_in(jax.random.wrap_key_data(root), step) for root in roots for step in range(3)]
+    assert (
+        len({tuple(np.asarray(jax.random.key_data(key))) for key in draws} | {tuple(map(int, r)) for r in roots}) == 12
+    )
 
 
 def make_stream():

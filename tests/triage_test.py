@@ -7,7 +7,7 @@ import pytest
 
 from configs.cli import compose_config
 from curriculum import feedback, triage
-from curriculum.triage import NEVER, SHARED, DomainStats, drawable, grow, roster, statistics, steps_waited
+from curriculum.triage import NEVER, SHARED, DomainStats, drawable, grow, measured, roster, statistics, steps_waited
 
 D = 5
 CONFIG = compose_config("config", None, ["curriculum=faithful"]).curriculum
@@ -156,3 +156,14 @@ def test_keys_are_none_of_a_trainers_with_the_same_seed():
 
 def key_words(keys):
     return np.asarray(jax.random.key_data(keys)).tolist()
+
+
+def test_pass_rates_measured_before_a_run_replace_the_assumed_one():
+    """Rates .2, .9, none, .5 of a prior, a prior, a prior and a new domain; the new one is still to be tried."""
+    state = init(0, roster(4, is_new=[False, False, False, True]))
+    told = measured(CONFIG, state, np.array([0.2, 0.9, np.nan, 0.5], np.float32))
+    for leaf in (told.acc_ema, told.fast_acc, told.ref_mean, told.drift_goal):
+        np.testing.assert_allclose(leaf, [0.2, 0.9, CONFIG.acc_start, 0.5], rtol=1e-6)
+    assert told.performance_band.tolist() == [0, 2, 1, 1] and told.last_seen_step.tolist() == [0, 0, -1, -1]
+    kept = [name for name, old, new in zip(state._fields, state, told) if new is old]
+    assert len(kept) == len(state) - 6 and drawable(CONFIG, told).all()

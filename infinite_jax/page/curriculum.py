@@ -242,7 +242,7 @@ def _told(run: Run) -> list[tuple]:
             ),
         )
         for event in run.events
-        if event.get("kind") != "drift"
+        if event.get("kind") not in ("drift", "safety")  # which has a section of its own
     ]
 
 

@@ -5,6 +5,7 @@ read as plain data, not against the schema, so that a run written before a key w
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     transcripts: list[dict]
     events: list[dict]  # of events.jsonl
     calibration: dict | None = None  # what infinite_jax.calibrate wrote
+    attempts: Sequence[tuple[list[dict], list[dict]]] = ()  # (rows, events) that an upgrade gave up, oldest first
 
     @property
     def names(self) -> list[str]:
@@ -83,11 +85,19 @@ def read(folder: Path) -> Run:
         _evaluations(folder / "evaluations", last),
         *([row for row in _rows(folder / name) if row["step"] <= last] for name in (record.TRANSCRIPTS, record.EVENTS)),
         _calibration(folder / CALIBRATION),
+        _attempts(folder),
     )
 
 
 def _rows(path: Path) -> list[dict]:
     return [row for row in record.read(path) if isinstance(row, dict) and "step" in row]
+
+
+def _attempts(folder: Path) -> list[tuple[list[dict], list[dict]]]:
+    found = []
+    while rows := _rows(folder / f"metrics.attempt-{len(found)}.jsonl"):
+        found.append((rows, _rows(folder / f"events.attempt-{len(found)}.jsonl")))
+    return found
 
 
 def _calibration(path: Path) -> dict | None:

@@ -138,6 +138,7 @@ def step(program: Program, data: Data, world: World, reference: Params, seed: ja
     learnt = gathered(state.waiting, fresh) if curriculum.resample else fresh
     scorer = Scorer(decoder, algorithm.temperature, algorithm.max_new_tokens, algorithm.group_size)
     scored = (state.train.params, reference, learnt.rollout, learnt.grades, curriculum.lr_scale(state.triage))
+    scored += (jnp.full(len(world.coin_D), algorithm.kl_coef, jnp.float32),)
     train, _ = grpo.train_step(algorithm, scorer, state.train, prepare(algorithm, scorer, *scored))
     waiting = None
     if curriculum.resample:
