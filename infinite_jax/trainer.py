@@ -112,16 +112,11 @@ class InfiniteGRPOTrainer:
             del policy  # a copy, where the meshes differ
             lr_scale_D = self._lr_scale(state.curriculum)
             reference = fetched(self.reference)
-            scored = (
-                learning(state.train._replace(params=whole)),
-                reference,
-                sampled.rollout,
-                sampled.grades,
-                lr_scale_D,
-            )
+            learnt = learning(state.train._replace(params=whole))
+            scored = (learnt, reference, sampled.rollout, sampled.grades, lr_scale_D)
             key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM)
             made = _prepare(self.config, self.scorer, *scored)
-            del reference, scored, whole  # a copy, where it waits on the host
+            del reference, scored, learnt, whole  # a copy, where it waits on the host
             train, update = _train_step(self.config, self.scorer, state.train, made, key, self.offload, self.base)
             jax.block_until_ready(train.step)
             clock.lap("update")
