@@ -23,7 +23,7 @@ from configs.schema import located
 from infinite_jax import evaluate, export, record, resume, run_folder, session, train
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.placement import abstract_train_state
-from infinite_jax.planning import memory
+from infinite_jax.planning import memory, roofline
 from infinite_jax.progress import results_table
 from infinite_jax.rollout import sync
 from infinite_jax.score import Scorer
@@ -222,6 +222,18 @@ def test_a_plan_counts_the_state_that_training_has(critic):
     assert found.parameters == 4 * adapters + 2 * 494_032_768 + 2 * norms  # bfloat16, norms as they are
     assert found.optimizer == 8 * adapters + (4 if critic == "none" else 8) and found.reference == 0
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)) == 8 * 4_399_104 + 4
+
+
+def test_frozen_weights_have_half_a_backward_pass():
+    """Of 3 tokens in a prompt and 2 x 2 sampled; attention sees 6 pairs, and 2 x 9, and is differentiated whole."""
+    config, lengths = small(), ["algorithm.prompt_buckets=[3]", "algorithm.max_new_tokens=2"]
+    sizes = ["algorithm.prompts=1", "algorithm.group_size=2"]
+    algorithm = compose_config("config", None, [*lengths, *sizes]).algorithm
+    layer, head = 32 * (4 + 2 + 2) * 8 + 4 * 8 * 32 + 3 * 32 * 48, 32 * 61
+    weights = 2 * (2 * layer * 7 + head * 4)
+    seen = 2 * 4 * 4 * 8 * (6 + 2 * 9)
+    assert roofline.train_work(config, algorithm).flops == 2 * weights + 3 * seen
+    assert roofline.train_work(dataclasses.replace(config, lora=None), algorithm).flops == 3 * (weights + seen)
 
 
 @pytest.mark.parametrize(
