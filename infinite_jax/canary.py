@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from infinite_jax.placement import place
 from kernels.logprob import token_logp
-from models import policy
+from models import lora, policy
 from models import tokenizer as chat
 from models.architectures import DecoderConfig
 from models.layout import padded, positions
@@ -52,11 +52,14 @@ class Canary:
     Args:
       apply_chat_template: as for the run's own prompts.
       start: the parameters at step 0, in the dtype they are stored in; read here and not kept.
+      base: what the parameters that `run` takes are adapters of, or None.
 
     Raises ValueError where the tokenizer and the model do not belong together.
     """
 
-    def __init__(self, decoder: DecoderConfig, mesh: Mesh, tokenizer, pad_id: int, apply_chat_template: bool, start):
+    def __init__(
+        self, decoder: DecoderConfig, mesh: Mesh, tokenizer, pad_id: int, apply_chat_template: bool, start, base=None
+    ):
         text, prompts = (block.splitlines() for block in FILE.read_text(encoding="utf-8").strip().split("\n\n"))
         text = [_encode(tokenizer, line, False)[:TEXT_TOKENS] for line in text]
         prompts = [_encode(tokenizer, line, apply_chat_template) for line in prompts]
@@ -67,7 +70,7 @@ class Canary:
                 "model was trained with"
             )
         width = -(-max(map(len, text + prompts)) // 32) * 32  # one shape for both, one compiled program
-        self.mesh = mesh
+        self.mesh, self.base = mesh, base
         self.text_RT, self.length_R = _rows(text, width, pad_id)
         self.prompt_PT, length_P = _rows(prompts, width, pad_id)
         self.position_PC = length_P[:, None] - POSITIONS + np.arange(POSITIONS)  # negative where the prompt is shorter
@@ -77,6 +80,7 @@ class Canary:
 
     def run(self, params) -> dict[str, float]:
         """canary/nll, canary/kl, canary/kl_reverse. Parameters are read, not donated."""
+        params = lora.join(self.decoder, self.base, params)
         with jax.set_mesh(self.mesh), jax.default_matmul_precision("float32"):
             text_RT = place(self.mesh, self.text_RT)
             nll = _nll(self.decoder, params, _hidden(self.decoder, params, text_RT), text_RT, self.length_R)

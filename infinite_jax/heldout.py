@@ -17,6 +17,7 @@ from infinite_jax.conversation import Talk
 from infinite_jax.prompts import Prompt
 from infinite_jax.rollout import Sampling, sync
 from infinite_jax.trainer import EVAL_STREAM, stream_key
+from models import lora
 from models.architectures import DecoderConfig
 from rubric import scoring
 from rubric.evaluator import Grades, RubricEvaluator, Scored
@@ -35,7 +36,10 @@ Results = dict[str, DomainResult]  # by domain name; prompts in the same order a
 
 
 class Evaluator:
-    """Holds the test prompts in static batches; `run` is a function of the parameters only. mesh: the rollout's."""
+    """Holds the test prompts in static batches; `run` is a function of the parameters only.
+
+    mesh: the rollout's. base: what parameters are adapters of, or None.
+    """
 
     def __init__(
         self,
@@ -51,9 +55,11 @@ class Evaluator:
         grader: RubricEvaluator,
         talk: Talk | None,
         seed: int,
+        base=None,
     ):
         self.config, self.algorithm, self.decoder, self.mesh = config, algorithm, decoder, mesh
         self.tokenizer, self.names, self.grader, self.talk, self.seed = tokenizer, names, grader, talk, seed
+        self.base = base
         self.greedy = Sampling(0.0, 0, 1.0, algorithm.max_new_tokens, 1, stop_ids, pad_id)
         kept = [domain[: config.prompts or None] for domain in test]
         # by length, so that a batch pays for its own bucket; static batches, the last one filled up
@@ -61,7 +67,7 @@ class Evaluator:
 
     def run(self, params) -> Results:
         """Grades per domain name. Parameters, on whatever mesh, are read, not donated."""
-        params = sync(self.decoder, params, self.mesh)
+        params = sync(self.decoder, lora.join(self.decoder, self.base, params), self.mesh)
         with jax.set_mesh(self.mesh):
             scored, replies = self._scored(params, self.greedy)
             sampled = None

@@ -17,7 +17,7 @@ from configs import limits
 from configs.schema import AlgorithmConfig, Config
 from infinite_jax import critic, grpo
 from infinite_jax.types import Critic, Params, TrainState
-from models import policy
+from models import lora, policy
 from models.architectures import DecoderConfig
 from sharding import auto, exchange
 from sharding.mesh import MeshConfig
@@ -67,16 +67,29 @@ def abstract_train_state(
         )
         return params, opt_state
 
-    step, kind, judge = placed(jax.ShapeDtypeStruct((), jnp.int32), replicated), config.critic, None
+    (shapes, axes), judge = trained(decoder), None
+    step, kind = placed(jax.ShapeDtypeStruct((), jnp.int32), replicated), config.critic
     if kind != "none":
         judge = Critic(*learnt(critic.abstract_params(kind, decoder), critic.logical_axes(kind, decoder)))
-    return TrainState(*learnt(policy.abstract_params(decoder), policy.logical_axes(decoder)), step, judge)
+    return TrainState(*learnt(shapes, axes), step, judge)
+
+
+def trained(decoder: DecoderConfig) -> tuple[Params, Params]:
+    """(shapes, logical axes) of what learns of a policy: adapters where the decoder names any, else all of it."""
+    of = lora if decoder.lora else policy
+    return of.abstract_params(decoder), of.logical_axes(decoder)
+
+
+def initial_adapters(decoder: DecoderConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """Fresh adapters, born on their shardings. Consumes `key`."""
+    shapes, axes = trained(decoder)
+    return jax.jit(functools.partial(lora.init, decoder), out_shardings=tree_shardings(mesh, axes, shapes))(key)
 
 
 def initial_train_state(
     config: AlgorithmConfig, decoder: DecoderConfig, params: Params, mesh: Mesh, offload: str = "none"
 ) -> TrainState:
-    """`params` with fresh optimizer moments and, where algorithm.critic names one, a fresh critic."""
+    """`params`, what learns, with fresh optimizer moments and, where algorithm.critic names one, a fresh critic."""
     split = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, decoder, mesh, offload))
     start, judge = grpo.optimizer(config).init, None
     if config.critic != "none":
@@ -124,11 +137,12 @@ def chosen(config: Config, decoder: DecoderConfig, num_devices: int, memory: int
     algorithm, mesh, reason = config.algorithm, config.mesh, ""
     rows = algorithm.prompts * algorithm.group_size
     if mesh.chosen:
-        trained = [policy.abstract_params(decoder)]
-        if algorithm.critic != "none":
-            trained.append(critic.abstract_params(algorithm.critic, decoder))
+        judge = [] if algorithm.critic == "none" else [critic.abstract_params(algorithm.critic, decoder)]
+        frozen = [policy.abstract_params(decoder)] if decoder.lora else []
+        learns = sum(leaf.size for leaf in jax.tree.leaves([trained(decoder)[0], *judge]))
         need = auto.Need(
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(trained)),
+            parameters=learns + sum(leaf.size for leaf in jax.tree.leaves(frozen)),
+            trained=learns,
             width=decoder.embed_dim,
             layers=decoder.num_layers,
             kv_heads=decoder.num_kv_heads,

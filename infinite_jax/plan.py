@@ -131,7 +131,8 @@ def plan(config: Config, decoder: DecoderConfig, target: Target, search: bool) -
     """Prints the table; the exit code."""
     chip = target.chip
     resident = memory.resident(config, decoder, memory.abstract_mesh(config))
-    print(table.head(config, decoder, memory.num_parameters(decoder), target.topology, chip, target.size))
+    sizes = memory.num_parameters(decoder), memory.num_trained(decoder)
+    print(table.head(config, decoder, *sizes, target.topology, chip, target.size))
     if resident.device > chip.usable:
         print(f"\n{table.state(resident, chip)}\n")
         print(f"does not fit: the state alone takes {shown(resident.device)} of {shown(chip.usable)} GiB")
@@ -169,7 +170,7 @@ def compiled(config: Config, decoder: DecoderConfig, target: Target) -> Compiled
         rollout,
         keys_values=memory.kv_cache(config, decoder),
         weights=memory.cast_weights(decoder, sampling),
-        copied=programs.copied(mesh, sampling),
+        copied=programs.copied(decoder, mesh, sampling),
         shared=not config.mesh.rollout_devices,
     )
     return Compiled(config, mesh, sampling, update, rollout, kinds)
@@ -251,7 +252,7 @@ def largest(settings: Sequence[Config], found: Compiled, compile_once, target: T
 def remedy(config: Config, decoder: DecoderConfig, target: Target, calibration: Calibration) -> str:
     """The first change that the memory model says would do; compiled, where the plan itself was compiled."""
     tries = 0
-    for found in fit.remedies(config, memory.num_parameters(decoder), *target, chooser(decoder)):
+    for found in fit.remedies(config, memory.num_trained(decoder), *target, chooser(decoder)):
         usable = found.chip.usable
         predicted = fit.predicted(found.config, decoder, calibration).peak
         if predicted > usable:

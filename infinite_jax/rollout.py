@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kernels.logprob import entry
-from models import policy
+from models import lora, policy
 from models.architectures import DecoderConfig
 from models.layout import copies
 from sharding.rules import constrain, shards, tree_shardings
@@ -70,11 +70,12 @@ def choose(logits_NV: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[ja
 def sync(config: DecoderConfig, params, mesh: Mesh):
     """The parameters as `generate` reads them most cheaply, on the rollout's mesh: cast, split over `tensor` alone.
 
-    `params` themselves where they lie on that mesh and nothing is split otherwise: `generate` casts. The copy lives as
-    long as it is sampled from. Left out: a transfer a layer at a time, beside what still computes.
+    `params` themselves where they lie on that mesh, nothing is split otherwise and they hold no adapters, which are
+    merged here: `generate` casts. The copy lives as long as it is sampled from. Left out: a transfer a layer at a time,
+    beside what still computes.
     """
     here = jax.tree.leaves(params)[0].sharding.mesh
-    if here == mesh and mesh.shape["fsdp"] * mesh.shape["seq"] == 1:
+    if here == mesh and mesh.shape["fsdp"] * mesh.shape["seq"] == 1 and not lora.adapted(params):
         return params
     if list(here.devices.flat) == list(mesh.devices.flat):
         return _cast(config, here, mesh)(params)
@@ -86,7 +87,8 @@ def _cast(config: DecoderConfig, here: Mesh, there: Mesh):
     """The compiled cast, and then the way from one split of the same devices to another: half the bytes move."""
 
     def cast(params):
-        return jax.lax.with_sharding_constraint(policy.cast(config, params), _placement(config, here))
+        merged = lora.merge(config, params)
+        return jax.lax.with_sharding_constraint(policy.cast(config, merged), _placement(config, here))
 
     return jax.jit(cast, out_shardings=_placement(config, there))
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from infinite_jax import critic
 from infinite_jax.types import Roles
-from models import policy
+from models import lora, policy
 from models.architectures import DecoderConfig
 from models.layout import copies, padded, positions
 from sharding.rules import constrain
@@ -36,6 +36,18 @@ class Scorer:
         """(logp_BT, entropy_BT); with the parameters of both Roles value_BT, too."""
         score = judged_logp if isinstance(params, Roles) else completion_logp
         return score(self.decoder, params, tokens_BT, loss_mask_BT, self.temperature, self.span, self.group)
+
+    def over(self, base):
+        """The same as a function of the adapters of a frozen `base`, alone or as the actor of Roles; None: as it is."""
+        if base is None:
+            return self
+
+        def scored(params, *rows):
+            if isinstance(params, Roles):
+                return self(params._replace(actor=lora.join(self.decoder, base, params.actor)), *rows)
+            return self(lora.join(self.decoder, base, params), *rows)
+
+        return scored
 
 
 def completion_logp(

@@ -25,7 +25,7 @@ from infinite_jax import conversation, placement, prompts
 from infinite_jax.canary import Canary
 from infinite_jax.heldout import Evaluator
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
-from infinite_jax.trainer import InfiniteGRPOTrainer
+from infinite_jax.trainer import ADAPTER_STREAM, InfiniteGRPOTrainer, stream_key
 from infinite_jax.types import Params, RunState
 from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
@@ -112,6 +112,8 @@ def load(config: Config, rows: list[Domain] | None = None) -> tuple[Loaded, Para
     with Environments([domain.environment for domain in config.domains]) as environments:
         train, test = _tokenised(config, text, rows, environments)
     decoder, params = source.load(config.model, mesh)
+    if decoder.lora:
+        params = policy.cast(decoder, params)  # frozen: as they compute
     stop_ids, pad_id = _markup(config, text, decoder, [*_all(train), *test])
     return Loaded(mesh, make_rollout_mesh(sizes, mesh), decoder, text, stop_ids, pad_id, train, test), params
 
@@ -127,7 +129,10 @@ def sized(config: Config, decoder: DecoderConfig) -> MeshConfig:
 
 
 def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
-    """The parts, built. `params` go into the state of step 0, which a step donates. The caller closes the session."""
+    """The parts, built. `params` go into the state of step 0, which a step donates, or are the base of its adapters.
+
+    The caller closes the session.
+    """
     mesh, rollout_mesh, decoder, text, stop_ids, pad_id, train, test = loaded
     names, seed = [domain.name for domain in config.domains], config.run.seed
     if config.curriculum.level == "prompt":
@@ -136,11 +141,14 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         stream = Stream(train, names, seed)
     upgraded = config.upgrade if config.upgrade.active else None
     curriculum = policies.build(config.curriculum, upgraded)
-    # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
-    reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
-    canary = (
-        Canary(decoder, mesh, text, pad_id, config.model.apply_chat_template, params) if config.eval.canary else None
-    )
+    base, template = params if decoder.lora else None, config.model.apply_chat_template
+    canary = Canary(decoder, mesh, text, pad_id, template, params, base) if config.eval.canary else None
+    if base is not None:  # the reference, too
+        params = placement.initial_adapters(decoder, mesh, stream_key(seed, 0, ADAPTER_STREAM))
+        reference = None if config.algorithm.kl_type == "none" else base
+    else:
+        # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
+        reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
     ids, offload = (text, stop_ids, pad_id), config.mesh.offload
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
     environments, talk = Environments([domain.environment for domain in config.domains]), None
@@ -166,6 +174,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         rollout_mesh,
         offload,
         placement.waiting(offload, reference),
+        base,
         *ids,
         names,
         stream,
@@ -179,7 +188,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     )
 
     def evaluator_of(asked: EvalConfig, test: list[list[Prompt]]) -> Evaluator:
-        return Evaluator(asked, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, talk, seed)
+        return Evaluator(asked, config.algorithm, decoder, rollout_mesh, *ids, test, names, grader, talk, seed, base)
 
     baseline = None
     if upgraded is not None:

@@ -28,12 +28,13 @@ from infinite_jax.rows import Round
 from infinite_jax.score import Scorer
 from infinite_jax.step_metrics import Metrics
 from infinite_jax.types import Batch, Rollout, RunState, TrainState, learning
+from models import lora
 from models.architectures import DecoderConfig
 from rubric.evaluator import Grades, RubricEvaluator, Scored
 from sharding import exchange
 
 # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
-ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM = range(3)
+ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM, ADAPTER_STREAM = range(4)
 ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 
 
@@ -61,6 +62,7 @@ class InfiniteGRPOTrainer:
     Args:
       mesh, rollout_mesh, offload: sharding.mesh.MeshConfig.
       reference: frozen parameters in the compute dtype, the KL anchor; never updated.
+      base: frozen parameters of which adapters learn a change, or None; then the reference is the same object.
       curriculum: a policy of curriculum.policies.
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
       kl_D: f32[D], factor of each domain on algorithm.kl_coef.
@@ -76,6 +78,7 @@ class InfiniteGRPOTrainer:
         rollout_mesh: Mesh,
         offload: str,
         reference,
+        base,
         tokenizer,
         stop_ids: tuple[int, ...],
         pad_id: int,
@@ -89,7 +92,7 @@ class InfiniteGRPOTrainer:
         talk: Talk | None,
         seed: int,
     ):
-        self.config, self.decoder, self.reference = config, decoder, reference
+        self.config, self.decoder, self.reference, self.base = config, decoder, reference, base
         self.mesh, self.rollout_mesh, self.offload = mesh, rollout_mesh, offload
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
         self.capacity, self.grader, self.talk, self.seed = capacity, grader, talk, seed
@@ -120,16 +123,18 @@ class InfiniteGRPOTrainer:
         clock, _ = Clock(), self._compilations.since_last()
         with jax.set_mesh(self.mesh):
             draw = jax.device_get(self._draw(state.curriculum, self.config.prompts))
-            policy = sync(self.decoder, state.train.params, self.rollout_mesh)
+            whole = lora.join(self.decoder, self.base, state.train.params)
+            policy = sync(self.decoder, whole, self.rollout_mesh)
             rounds, sampled, position = self.sample(state, policy, draw.domain_P, clock)
             del policy  # a copy, where the meshes differ
             lr_scale_D, kl_coef_D = self._lr_scale(state.curriculum), self.kl_coef(state.monitor)
             reference = fetched(self.reference)
-            scored = (learning(state.train), reference, sampled.rollout, sampled.grades, lr_scale_D, kl_coef_D)
+            learnt = learning(state.train._replace(params=whole))
+            scored = (learnt, reference, sampled.rollout, sampled.grades, lr_scale_D, kl_coef_D)
             key = stream_key(self.seed, int(state.curriculum.step), UPDATE_STREAM, attempt_of(state))
             made = _prepare(self.config, self.scorer, *scored)
-            del reference, scored  # a copy, where it waits on the host
-            train, update = _train_step(self.config, self.scorer, state.train, made, key, self.offload)
+            del reference, scored, learnt, whole  # a copy, where it waits on the host
+            train, update = _train_step(self.config, self.scorer, state.train, made, key, self.offload, self.base)
             jax.block_until_ready(train.step)
             clock.lap("update")
             seconds = None if self._compilations.since_last() else clock.seconds
@@ -285,11 +290,11 @@ _value_drift = jax.jit(batch.value_drift, static_argnums=0)
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5), donate_argnums=2)
 def _train_step(
-    config: AlgorithmConfig, scorer: Scorer, state: TrainState, made: Batch, key: jax.Array, offload: str = "none"
+    config: AlgorithmConfig, scorer: Scorer, state: TrainState, made: Batch, key: jax.Array, offload="none", base=None
 ) -> tuple[TrainState, dict]:
     """The updates of a batch; the state keeps its split: another of the compiler's choice would be compiled for."""
     state = moments_in(jax.memory.Space.Device, offload, state)
-    state, metrics = grpo.update(config, scorer, state, made, key)
+    state, metrics = grpo.update(config, scorer.over(base), state, made, key)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, scorer.decoder, mesh))

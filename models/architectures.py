@@ -34,6 +34,15 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters that learn in place of the network's own weights (models/lora.py)."""
+
+    rank: int  # 0 = none: all weights learn
+    alpha: float  # their change is scaled by alpha / rank
+    targets: tuple[str, ...]  # of q, k, v, o, gate, up, down
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Everything that determines the network and the arithmetic it runs in. Hashable: a static argument of jit."""
 
@@ -62,6 +71,7 @@ class DecoderConfig:
     dtype: str  # of matrix products and activations: float32 or bfloat16
     remat: str  # what the backward pass recomputes: none; dots: all but weight products, attention; full: all
     attention: str  # kernel of training and prefill: xla, tpu, cudnn or mgpu (kernels/select.py)
+    lora: LoraConfig | None  # what learns; None = all of it. Says nothing of parameters without adapters
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -154,6 +164,7 @@ def from_hf(hf_config: transformers.PretrainedConfig) -> DecoderConfig:
         dtype="float32",
         remat="none",
         attention="xla",
+        lora=None,
     )
 
 

@@ -13,6 +13,8 @@ Parameters: embed [V, E], final_norm [E], head [E, V] unless tied, and `layers`,
     attn_norm [E], qkv [E, K, S, D], qkv_bias [K, S, D], q_norm [D], k_norm [D], out [K, Q, D, E], post_attn_norm [E],
     mlp_norm [E], gate_up [E, 2, F], down [F, E], post_mlp_norm [E]      (qkv_bias, q, k, post norms: in some families)
 
+Where `layers` hold factors of adapters, too, these are added to the products (models/lora.py).
+
 S holds the Q queries of one key/value head, its key and its value: one product computes all three, and a split of K
 over `tensor` splits them alike (where `tensor` does not divide K, this one product is replicated; the rest of attention
 is then split over Q). Decoding a few rows is bound by the number of kernels, hence few and large products. Left out:
@@ -29,6 +31,7 @@ import jax.numpy as jnp
 from kernels import select
 from kernels.block import Mask
 from kernels.ring_attention import Part
+from models import lora
 from models.architectures import DecoderConfig
 from models.attention import Cache, attention, decode_attention, rotate
 from models.embedding import lookup
@@ -62,6 +65,16 @@ class Block(nn.Module):
     def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
         return gathered(_param(self, name, shape, axes), self.config.dtype, *axes)
 
+    def adapted(self, y: jax.Array, leaf: str, x: jax.Array) -> jax.Array:
+        """y, the product of x and a leaf, with what adapters add to it, where the parameters hold any."""
+        factors = {
+            name: gathered(self.get_variable("params", name), self.config.dtype, *lora.axes(name))
+            for name in (f"{part}_{factor}" for part in lora.PARTS[leaf] for factor in "ab")
+            if self.has_variable("params", name)
+        }
+        added = lora.change(self.config, leaf, factors, lambda a: jnp.tensordot(x, a, axes=a.ndim - 1))
+        return y if added is None else y + added
+
     def norm(self, name: str, hidden: jax.Array) -> jax.Array:
         return rms_norm(hidden, _norm_param(self, name, hidden.shape[-1]), self.config).astype(self.config.dtype)
 
@@ -75,7 +88,7 @@ class Block(nn.Module):
         queries = c.num_heads // c.num_kv_heads
         shape = (c.num_kv_heads, queries + 2, c.head_dim)
         weight = self.weight("qkv", (c.embed_dim, *shape), ("embed", "kv_heads", None, "head_dim"))
-        qkv = jnp.einsum("...E,EKSD->...KSD", x, weight)
+        qkv = self.adapted(jnp.einsum("...E,EKSD->...KSD", x, weight), "qkv", x)
         if c.qkv_bias:
             qkv += self.weight("qkv_bias", shape, ("kv_heads", None, "head_dim"))
         qk, v = qkv[..., :-1, :].astype(jnp.float32), qkv[..., -1, :]
@@ -103,16 +116,16 @@ class Block(nn.Module):
             heads = decode_attention(q, layer.prefix, shared.prefix_length_P, own, shared.step, window, c.query_scale)
         axes = ("kv_heads", "heads", "head_dim", "embed")
         weight = self.weight("out", (c.num_kv_heads, queries, c.head_dim, c.embed_dim), axes)
-        return jnp.einsum("...KQD,KQDE->...E", heads, weight), cache, kv
+        return self.adapted(jnp.einsum("...KQD,KQDE->...E", heads, weight), "out", heads), cache, kv
 
     def mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
         weight = self.weight("gate_up", (c.embed_dim, 2, c.mlp_dim), ("embed", None, "mlp"))
-        gate_up = jnp.einsum("...E,EIF->...IF", x, weight)
+        gate_up = self.adapted(jnp.einsum("...E,EIF->...IF", x, weight), "gate_up", x)
         gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        weight = self.weight("down", (c.mlp_dim, c.embed_dim), ("mlp", "embed"))
-        return jnp.einsum("...F,FE->...E", gate * up, weight)
+        weight, gated = self.weight("down", (c.mlp_dim, c.embed_dim), ("mlp", "embed")), gate * up
+        return self.adapted(jnp.einsum("...F,FE->...E", gated, weight), "down", gated)
 
 
 class Decoder(nn.Module):

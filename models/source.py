@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kernels import select
 from models import gguf, hf, shapes, tokenizer
-from models.architectures import DecoderConfig
+from models.architectures import DecoderConfig, LoraConfig
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -25,6 +25,7 @@ class ModelConfig:
     remat: str  # none | dots | full: what the backward pass recomputes
     apply_chat_template: bool  # false for base models: the messages' texts are joined
     attention: str  # kernel of training and prefill: auto | xla | tpu | cudnn | mgpu (docs/kernels.md)
+    lora: LoraConfig  # adapters, which learn in place of the weights
 
 
 def resolve(path: str) -> str:
@@ -60,7 +61,8 @@ def _set(config: ModelConfig, decoder: DecoderConfig) -> DecoderConfig:
         windows=any(decoder.windows),
         packed=False,
     )
-    return dataclasses.replace(decoder, dtype=dtype, remat=config.remat, attention=attention)
+    lora = config.lora if config.lora.rank else None
+    return dataclasses.replace(decoder, dtype=dtype, remat=config.remat, attention=attention, lora=lora)
 
 
 def load(config: ModelConfig, mesh: Mesh | None = None, dtype=jnp.float32) -> tuple[DecoderConfig, dict]:

@@ -2,7 +2,8 @@
 
 Of all meshes that the batch divides over, the first by these criteria, in this order:
 
-    the training state fits       parameters x (STATE + COPIES) / (fsdp seq tensor) <= STATE_SHARE of a device's memory
+    the training state fits       (trained x STATE + parameters x COPIES) / (fsdp seq tensor) <= STATE_SHARE of a
+                                  device's memory
     one row's activations fit     longest x 2 width (layers + WORKING) / seq        <= ROW_SHARE of it
     tensor divides the kv heads, and a device keeps at least SHORTEST tokens of a row
     least seq x tensor, then least seq, then least fsdp: every further split moves more between devices
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 
 from sharding.mesh import AXES, MeshConfig, training_devices, with_sizes
 
-STATE = 16  # bytes a parameter: float32 parameter and gradient 8, AdamW's moments 8
+STATE = 16  # bytes a parameter that learns: float32 parameter and gradient 8, AdamW's moments 8
 MOMENTS = 8  # of them, those that mesh.offload=optimizer leaves on the host
-COPIES = 4  # bytes a parameter: reference and rollout weights in bfloat16
+COPIES = 4  # bytes a parameter: reference, or frozen base, and rollout weights in bfloat16
 REFERENCE = 2  # of them, those that mesh.offload=reference leaves on the host
 STATE_SHARE, ROW_SHARE, ROLLOUT_SHARE = 0.6, 0.2, 0.3  # of a device's memory
 WORKING = 32  # widths a token that the recomputation of one layer holds: its MLP, heads and their gradients
@@ -30,7 +31,8 @@ SHORTEST = 128  # tokens of a row on a device, below which a ring step is all la
 class Need:
     """What the choice depends on."""
 
-    parameters: int
+    parameters: int  # all
+    trained: int  # of them, those that learn
     width: int  # of the residual stream
     layers: int
     kv_heads: int
@@ -86,10 +88,9 @@ def possible(config: MeshConfig, num_devices: int, rows: int) -> list[tuple[int,
 
 def state_bytes(config: MeshConfig, need: Need) -> int:
     """Of parameters, gradients, optimizer and copies on all devices together."""
-    bytes_each = STATE + COPIES
-    bytes_each -= MOMENTS if config.offload in ("optimizer", "both") else 0
-    bytes_each -= REFERENCE if config.offload in ("reference", "both") else 0
-    return need.parameters * bytes_each
+    state = STATE - (MOMENTS if config.offload in ("optimizer", "both") else 0)
+    copies = COPIES - (REFERENCE if config.offload in ("reference", "both") else 0)
+    return need.trained * state + need.parameters * copies
 
 
 def row_bytes(need: Need) -> int:

@@ -19,6 +19,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "rank": (),
     None: (),
 }
 

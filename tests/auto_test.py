@@ -9,8 +9,12 @@ from sharding.mesh import AXES, MeshConfig, axis_sizes
 
 AUTO = MeshConfig(0, 0, 0, 0, 0, 0, "none")
 GB = 10**9
-HALF = Need(500_000_000, width=900, layers=24, kv_heads=2, rows=128, sampled=128, longest=2048, memory=80 * GB)
-LARGE = Need(7_000_000_000, width=4096, layers=32, kv_heads=8, rows=64, sampled=64, longest=2048, memory=80 * GB)
+HALF = Need(
+    500_000_000, 500_000_000, width=900, layers=24, kv_heads=2, rows=128, sampled=128, longest=2048, memory=80 * GB
+)
+LARGE = Need(
+    7_000_000_000, 7_000_000_000, width=4096, layers=32, kv_heads=8, rows=64, sampled=64, longest=2048, memory=80 * GB
+)
 
 
 def found(need, devices, config=AUTO, **changes):

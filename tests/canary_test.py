@@ -23,7 +23,7 @@ from sharding.rules import tree_shardings
 ROOT = Path(__file__).resolve().parent.parent
 MESHES = ((1, 4, 1, 2), (1, 2, 4, 1))  # data, fsdp, seq, tensor
 TEXT, PROMPTS = (block.splitlines() for block in (ROOT / "infinite_jax/canary.txt").read_text().strip().split("\n\n"))
-TINY = source.ModelConfig("tiny", "float32", "none", True, "auto")
+TINY = source.ModelConfig("tiny", "float32", "none", True, "auto", source.LoraConfig(0, 1.0, ()))
 
 
 def moved(params, scale: float, seed: int = 0):

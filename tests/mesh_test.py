@@ -88,10 +88,12 @@ def collectives(text: str, *kinds: str) -> list[tuple[int, ...]]:
     return found
 
 
-def compare(family: str, meshes) -> dict[str, dict]:
-    """Per mesh, the largest difference from one device: relative for loss and gradients, absolute for the rollout."""
+def compare(family: str, meshes, rank: int = 0) -> dict[str, dict]:
+    """Per mesh, the largest difference from one device: relative for loss and gradients, absolute for the rollout.
+
+    rank: of adapters, which then learn alone.
+    """
     import dataclasses
-    import functools
 
     import jax
 
@@ -100,12 +102,17 @@ def compare(family: str, meshes) -> dict[str, dict]:
     from infinite_jax.placement import initial_train_state, place
     from infinite_jax.rollout import Sampling, generate, sync
     from infinite_jax.score import Scorer
-    from models import policy
+    from models import lora, policy
+    from models.architectures import LoraConfig
     from sharding.mesh import MeshConfig, build, make_rollout_mesh
     from sharding.rules import tree_shardings
 
     decoder = decoder_of(family)
-    initial = jax.tree.map(lambda x: 4 * x, jax.device_get(policy.init(decoder, jax.random.key(0))))
+    initial, adapters = jax.tree.map(lambda x: 4 * x, jax.device_get(policy.init(decoder, jax.random.key(0)))), None
+    if rank:
+        decoder = dataclasses.replace(decoder, lora=LoraConfig(rank, 2.0 * rank, tuple(lora.TARGETS)))
+        draw = np.random.default_rng(2).normal
+        adapters = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32) * 0.1, lora.abstract_params(decoder))
     config = compose_config("config", None, []).algorithm
     config = dataclasses.replace(config, group_size=4, kl_type="loss", kl_estimator="k3_is", kl_coef=0.1)
     width, length = 5, 12
@@ -117,13 +124,20 @@ def compare(family: str, meshes) -> dict[str, dict]:
         devices = jax.devices()[: int(np.prod(sizes))]
         mesh = build(sizes, devices)
         rollout_mesh = make_rollout_mesh(MeshConfig(*sizes, 0, 0, "none"), mesh, devices)
-        params = jax.device_put(initial, tree_shardings(mesh, policy.logical_axes(decoder), initial))
+        params, base = jax.device_put(initial, tree_shardings(mesh, policy.logical_axes(decoder), initial)), None
+        if rank:
+            base, axes = params, lora.logical_axes(decoder)
+            params = jax.device_put(adapters, tree_shardings(mesh, axes, adapters))
+
+        def loss_and_grad(base, *inputs):
+            return grpo.loss_and_grad(config, scorer.over(base), *inputs)
+
         with jax.set_mesh(mesh):
-            inputs = params, jax.tree.map(lambda x: place(mesh, x), batch)
-            step = jax.jit(functools.partial(grpo.loss_and_grad, config, scorer)).lower(*inputs).compile()
+            inputs = base, params, jax.tree.map(lambda x: place(mesh, x), batch)
+            step = jax.jit(loss_and_grad).lower(*inputs).compile()
             loss, _, grads = step(*inputs)
         with jax.set_mesh(rollout_mesh):
-            weights = sync(decoder, params, rollout_mesh)
+            weights = sync(decoder, lora.join(decoder, base, params), rollout_mesh)
             inputs = weights, *(place(rollout_mesh, x) for x in prompts), jax.random.key(0)
             sample = generate.lower(decoder, sampling, *inputs).compile()
             made = sample(*inputs)

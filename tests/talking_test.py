@@ -133,7 +133,9 @@ def test_a_service_that_is_down_makes_rows_invalid_and_never_zero(setting, tmp_p
 def test_tools_stand_in_the_prompt_unless_the_domain_hides_them():
     shown, hidden = (Environments([f"calculator{option}"]) for option in ("", ",show=no"))
     rows = [{"messages": [{"role": "user", "content": "6*7?"}]}]
-    text = source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto"))
+    text = source.load_tokenizer(
+        source.ModelConfig("tiny", "float32", "none", True, "auto", source.LoraConfig(0, 1.0, ()))
+    )
     made = [
         prompts.tokenise(text, rows, 0, "sums", 999, True, functools.partial(environments.tools, 0))[0].ids
         for environments in (shown, hidden)

@@ -298,7 +298,9 @@ def test_changed_data_and_a_foreign_tokenizer_are_refused(setting, tmp_path, cap
         LlamaConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     )
     hf.save(config, policy.init(config, jax.random.key(0)), model)
-    source.load_tokenizer(source.ModelConfig("tiny", "float32", "none", True, "auto")).save_pretrained(model)
+    source.load_tokenizer(
+        source.ModelConfig("tiny", "float32", "none", True, "auto", source.LoraConfig(0, 1.0, ()))
+    ).save_pretrained(model)
     with pytest.raises(SystemExit):
         train.main([*setting, f"model.path={model}", f"run.dir={tmp_path / 'other'}"])
     assert "the model knows 100" in capsys.readouterr().err

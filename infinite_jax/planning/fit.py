@@ -152,6 +152,7 @@ def _remat(config: Config) -> Iterator[tuple[str, ...]]:
 
 def _offload(config: Config) -> Iterator[tuple[str, ...]]:
     order = ("none", "reference", "optimizer", "both")
+    stays = config.algorithm.kl_type == "none" or config.model.lora.rank > 0  # none, or the base that is computed with
     for choice in order[order.index(config.mesh.offload) + 1 :]:
-        if not (config.algorithm.kl_type == "none" and choice in ("reference", "both")):
+        if not (stays and choice in ("reference", "both")):
             yield (f"mesh.offload={choice}",)

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs.schema import Config
 from infinite_jax import critic
-from infinite_jax.placement import OF_MOMENTS, OF_REFERENCE
+from infinite_jax.placement import OF_MOMENTS, OF_REFERENCE, trained
 from infinite_jax.planning.roofline import head_weights, layer_weights
 from models import policy
 from models.architectures import DecoderConfig
@@ -58,21 +58,28 @@ def abstract_rollout_mesh(config: Config) -> AbstractMesh:
 def resident(config: Config, decoder: DecoderConfig, mesh: Mesh | AbstractMesh) -> Resident:
     """What placement.abstract_train_state and the frozen reference take: AdamW's moments are two more parameters.
 
-    A critic's parameters and moments count among them.
+    A critic's parameters and moments count among them. Under adapters the parameters are the frozen base in the compute
+    dtype, which is the reference, too, and what learns.
     """
     kind = config.algorithm.critic
-    parameters = sum(elements * 4 for elements, _ in _shards(decoder, mesh))
+    parameters = 4 * _held(mesh, *trained(decoder))
     if kind != "none":
         shapes, axes = critic.abstract_params(kind, decoder), critic.logical_axes(kind, decoder)
-        splits = tree_shardings(mesh, axes, shapes)
-        sizes = jax.tree.map(lambda leaf, split: 4 * math.prod(split.shard_shape(leaf.shape)), shapes, splits)
-        parameters += sum(jax.tree.leaves(sizes))
-    reference = 0 if config.algorithm.kl_type == "none" else cast_weights(decoder, mesh)
+        parameters += 4 * _held(mesh, shapes, axes)
+    base = cast_weights(decoder, mesh) if decoder.lora else 0
+    reference = 0 if config.algorithm.kl_type == "none" or decoder.lora else cast_weights(decoder, mesh)
     moments, waits = 2 * parameters, config.mesh.offload
     host = moments * (waits in OF_MOMENTS) + reference * (waits in OF_REFERENCE)
     counters = COUNTER * (1 + (kind != "none"))
     own = moments * (waits not in OF_MOMENTS) + counters, reference * (waits not in OF_REFERENCE)
-    return Resident(parameters, *own, host)
+    return Resident(parameters + base, *own, host)
+
+
+def _held(mesh: Mesh | AbstractMesh, shapes, axes) -> int:
+    """Elements of a tree on one device."""
+    splits = tree_shardings(mesh, axes, shapes)
+    sizes = jax.tree.map(lambda leaf, split: math.prod(split.shard_shape(leaf.shape)), shapes, splits)
+    return sum(jax.tree.leaves(sizes))
 
 
 def cast_weights(decoder: DecoderConfig, mesh: Mesh | AbstractMesh) -> int:
@@ -98,6 +105,11 @@ def _parameters(decoder: DecoderConfig) -> list[tuple[tuple, tuple[int, ...], in
 
 def num_parameters(decoder: DecoderConfig) -> int:
     return sum(math.prod(shape) for _, shape, _ in _parameters(decoder))
+
+
+def num_trained(decoder: DecoderConfig) -> int:
+    """Of the policy's parameters those that learn: all, or adapters beside them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(trained(decoder)[0]))
 
 
 def kv_cache(config: Config, decoder: DecoderConfig) -> int:
@@ -139,6 +151,7 @@ def update_temporaries(config: Config, decoder: DecoderConfig) -> tuple[float, f
     _, fsdp, seq, tensor = config.mesh.sizes
     itemsize = 2 if decoder.dtype == "bfloat16" else 4
     weights = layer_weights(decoder) * decoder.num_layers + head_weights(decoder) * (2 - decoder.tied_embeddings)
+    weights = num_trained(decoder) if decoder.lora else weights
     trees = 3 + (config.algorithm.microbatches > 1)
     gathered = 2 * itemsize * layer_weights(decoder) / tensor + (itemsize + 4) * head_weights(decoder) / tensor
     kept = decoder.num_layers * kept_widths(decoder, tensor) * itemsize

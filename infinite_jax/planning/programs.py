@@ -45,10 +45,11 @@ class Program(NamedTuple):
 
 def compile_update(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh, offload: str) -> Program:
     state = abstract_train_state(config, decoder, mesh, offload)  # outside set_mesh: optax makes a real zero
+    base = abstract_base(decoder, mesh)
     scorer = Scorer(decoder, config.temperature, config.max_new_tokens, config.group_size)
     with jax.set_mesh(mesh):
-        arguments = (config, scorer, state, abstract_batch(config, scorer, state, mesh), _key(mesh), offload)
-        return _compile(lambda: _train_step.lower(*arguments), mesh)
+        arguments = (config, scorer, state, abstract_batch(config, scorer, state, mesh, base), _key(mesh), offload)
+        return _compile(lambda: _train_step.lower(*arguments, base), mesh)
 
 
 def compile_rollout(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh, params) -> Program:
@@ -63,7 +64,16 @@ def compile_rollout(config: AlgorithmConfig, decoder: DecoderConfig, mesh: Mesh,
         return _compile(lambda: generate.lower(*arguments), mesh)
 
 
-def abstract_batch(config: AlgorithmConfig, scorer: Scorer, state: TrainState, mesh: Mesh) -> Batch:
+def abstract_base(decoder: DecoderConfig, mesh: Mesh):
+    """The frozen parameters that adapters change; None where all of them learn."""
+    if not decoder.lora:
+        return None
+    shapes = jax.eval_shape(lambda params: policy.cast(decoder, params), policy.abstract_params(decoder))
+    shardings = tree_shardings(mesh, policy.logical_axes(decoder), shapes)
+    return jax.tree.map(lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, shardings)
+
+
+def abstract_batch(config: AlgorithmConfig, scorer: Scorer, state: TrainState, mesh: Mesh, base=None) -> Batch:
     """What batch.prepare makes of a full rollout, rows split over the mesh."""
     rows, width = config.prompts * config.group_size, config.prompt_buckets[-1] + config.max_new_tokens
     wide, one = functools.partial(_rows, mesh, (rows, width)), functools.partial(_rows, mesh, (rows,))
@@ -72,20 +82,23 @@ def abstract_batch(config: AlgorithmConfig, scorer: Scorer, state: TrainState, m
     )
     grades = Grades(one(jnp.float32), one(jnp.float32), one(jnp.bool_))
     domains = jax.ShapeDtypeStruct((1,), jnp.float32)
-    prepare = functools.partial(batch.prepare, config, scorer)
-    made = jax.eval_shape(prepare, learning(state), state.params, rollout, grades, domains)
+
+    def prepare(base, *scored):
+        return batch.prepare(config, scorer.over(base), *scored)
+
+    made = jax.eval_shape(prepare, base, learning(state), state.params, rollout, grades, domains)
     return jax.tree.map(lambda leaf: _rows(mesh, leaf.shape, leaf.dtype), made)
 
 
-def copied(mesh: Mesh, sampling: Mesh) -> bool:
+def copied(decoder: DecoderConfig, mesh: Mesh, sampling: Mesh) -> bool:
     """Whether rollout.sync makes a copy of the parameters for the mesh that samples."""
-    return sampling != mesh or mesh.shape["fsdp"] * mesh.shape["seq"] > 1
+    return decoder.lora is not None or sampling != mesh or mesh.shape["fsdp"] * mesh.shape["seq"] > 1
 
 
 def rollout_params(decoder: DecoderConfig, mesh: Mesh, sampling: Mesh):
     """The parameters as rollout.sync gives them: those that train, or a cast copy on the mesh that samples."""
     shapes = policy.abstract_params(decoder)
-    if copied(mesh, sampling):
+    if copied(decoder, mesh, sampling):
         shapes = jax.eval_shape(lambda params: policy.cast(decoder, params), shapes)
     shardings = tree_shardings(sampling, policy.logical_axes(decoder), shapes)
     return jax.tree.map(lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, shardings)

@@ -1,7 +1,8 @@
 """Bounds on time: what the model must compute, what a compiled program moves, and what the chip can do.
 
     model flops   2 x weights of matrices a token, + 4 H D a pair of query and key it sees, a layer; forward. Training:
-                  three times that (Kaplan et al., arXiv 2001.08361, section 2.1, with attention counted exactly).
+                  three times that (Kaplan et al., arXiv 2001.08361, section 2.1, with attention counted exactly), of
+                  weights under adapters twice.
     step >=       max(flops / peak, HBM bytes / bandwidth, bytes sent / links)      Williams et al. 2009
     MFU  <=       model flops / (devices x peak x step)                             PaLM, arXiv 2204.02311, appendix B
 
@@ -9,6 +10,7 @@ Prompts count once a group, as the trainer computes them, and rows at their full
 program's flops, not in the model's), the two forward passes that score a batch, latencies, and the host.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,9 +62,13 @@ def rollout_work(decoder: DecoderConfig, config: AlgorithmConfig) -> Work:
 
 
 def train_work(decoder: DecoderConfig, config: AlgorithmConfig) -> Work:
-    """A forward pass of the same tokens as the rollout's, and a backward pass of twice that, an epoch."""
+    """A forward pass of the same tokens as the rollout's, and a backward pass of twice that, an epoch.
+
+    Frozen weights have no gradient, which is half of their backward pass; the thin factors beside them are not counted.
+    """
     once = rollout_work(decoder, config)
-    return Work(3 * config.epochs * once.flops, config.epochs * once.tokens)
+    frozen = rollout_work(dataclasses.replace(decoder, windows=()), config).flops if decoder.lora else 0.0
+    return Work(config.epochs * (3 * once.flops - frozen), config.epochs * once.tokens)
 
 
 class Roofline(NamedTuple):

@@ -26,8 +26,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size else "-"
 
 
-def head(config: Config, decoder: DecoderConfig, parameters: int, topology: str, chip: Chip, devices: int) -> str:
+def head(
+    config: Config, decoder: DecoderConfig, parameters: int, trained: int, topology: str, chip: Chip, devices: int
+) -> str:
     """What is planned for."""
+    adapters = f"; {trained:,} of adapters learn, rank {decoder.lora.rank}" if decoder.lora else ""
     algorithm, mesh = config.algorithm, config.mesh
     sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, mesh.sizes))
     rollout = f"; rollout tensor={mesh.rollout_tensor or mesh.tensor}" + (
@@ -37,7 +40,7 @@ def head(config: Config, decoder: DecoderConfig, parameters: int, topology: str,
     parts = f"{algorithm.minibatches} x {algorithm.microbatches} parts of a batch"
     return "\n".join(
         [
-            f"{config.model.path}: {parameters:,} parameters ({parameters / 1e9:.2f} billion)",
+            f"{config.model.path}: {parameters:,} parameters ({parameters / 1e9:.2f} billion)" + adapters,
             f"{topology}: {devices} x {chip.name}, {gib(chip.usable)} GiB usable each",
             f"mesh: {sizes}{rollout}; offload {mesh.offload}",
             f"batch: {algorithm.prompts} prompts x {algorithm.group_size} samples, {lengths}, {parts}",
