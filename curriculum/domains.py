@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import grain
 
+from curriculum import forms
 from curriculum.generators import Row
 from curriculum.sources import GENERATORS, levels, made_for, maker, read, read_levels
 
@@ -41,6 +42,8 @@ class DomainConfig:
     eval_only: bool = False  # no training prompts, share 0
     arrives: int = 0  # first step that may train on it
     retires: int | None = None  # first step that no longer does; None = never
+    description: str | None = None  # one sentence: what its prompts ask; read by rehearsal alone, as is `form`
+    form: str | None = None  # pattern of its prompts (forms.py), where there is one
 
 
 class Domain(NamedTuple):
@@ -81,6 +84,11 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(
                 f"{where}.retires={config.retires}: must be a step from arrives={config.arrives} on, or left out"
             )
+        if config.form is not None:
+            try:
+                forms.check(config.form)
+            except ValueError as error:
+                raise ValueError(f"{where}.form={error}") from error
         _check_environment(config, where)
 
 

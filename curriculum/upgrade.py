@@ -10,6 +10,35 @@ from dataclasses import dataclass
 from curriculum.config import finite, require
 from curriculum.monitor import MonitorConfig
 
+REHEARSALS = ("none", "self")
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    """How M0 writes prompts of prior domains that have none. Raises ValueError naming upgrade.writing.<key>."""
+
+    prompts: int  # wanted of each domain, and written at each attempt from each source
+    attempts: int  # at most, until as many are kept
+    least: int  # a domain of which fewer are kept stays evaluation only
+    tokens: int  # of a prompt that M0 writes, at most
+    temperature: float  # of writing; replies are sampled at 1
+    likeness: float  # cosine that a prompt written from no hint must have to the description of its domain
+    samples: int  # replies to each prompt
+    agreement: float  # share of them that must say the same
+
+    def __post_init__(self):
+        checks = (
+            ("prompts", self.prompts >= 1, "must be at least 1"),
+            ("attempts", self.attempts >= 1, "must be at least 1"),
+            ("least", 1 <= self.least <= self.prompts, f"must be from 1 to prompts={self.prompts}"),
+            ("tokens", self.tokens >= 1, "must be at least 1"),
+            ("temperature", 0 < self.temperature and finite(self.temperature), "must be above 0"),
+            ("likeness", 0 <= self.likeness <= 1, "must be a cosine from 0 to 1"),
+            ("samples", self.samples >= 2, "must be at least 2: one reply agrees with itself"),
+            ("agreement", 0 < self.agreement <= 1, "must be above 0 and at most 1"),
+        )
+        require(self, "upgrade.writing", checks)
+
 
 @dataclass(frozen=True)
 class UpgradeConfig:
@@ -23,6 +52,8 @@ class UpgradeConfig:
     prior_floor: float  # part of the prior domains' share spread evenly over those with prompts
     ramp_start: float  # learning rate of a new domain at its first step, relative to the others'
     ramp_steps: int  # until it is theirs; 0 = at once
+    rehearsal: str  # none | self: prior domains without training rows get some that M0 writes and answers itself
+    writing: RehearsalConfig
     watch: bool  # act on the monitor; false: its readings are logged only
     monitor: MonitorConfig
 
@@ -37,3 +68,5 @@ class UpgradeConfig:
             ("ramp_steps", self.ramp_steps >= 0, "must be at least 0 steps"),
         )
         require(self, "upgrade", checks)
+        if self.rehearsal not in REHEARSALS:
+            raise ValueError(f"upgrade.rehearsal={self.rehearsal!r}: expected one of {', '.join(REHEARSALS)}")
