@@ -1,7 +1,8 @@
-"""The rounds in which rehearsal fills its domains: write, read, deduplicate, check, answer, keep.
+"""The rounds in which rehearsal fills its domains: write, read, deduplicate, answer, keep, check for contamination.
 
 A domain asks M0's own sources first. A source that gave a domain nothing in a round is not asked again for it; when M0
-has nothing more to give, the form fills what is missing. `Tools` is all that a round may use: no evaluation row is
+has nothing more to give, the form fills what is missing. What the check drops is asked for again. It comes last because
+it costs most: it embeds every evaluation prompt each time. `Tools` is all that a round may use: no evaluation row is
 among it.
 """
 
@@ -21,7 +22,7 @@ from rubric.evaluator import PASS_GRADE
 
 PREFIX, DESCRIBED, FORM = "prefix", "described", "form"
 # Why a written prompt is dropped, in the order of the stages.
-DROPPED = ("unended", "unread", "duplicate", "too_long", "contaminated", "disputed", "failed")
+DROPPED = ("unended", "unread", "duplicate", "too_long", "disputed", "failed", "contaminated")
 EXAMPLES = 3  # texts of each outcome in the report
 
 
@@ -40,6 +41,7 @@ class Kept:
     def __init__(self, frame: Frame, number: int):
         self.frame, self.number = frame, number  # among the run's domains
         self.rows: list[dict] = []
+        self.checked = 0  # of them, for contamination
         self.counts: dict[str, Counter] = {}  # by source, of "written", "kept" and DROPPED
         self.examples: dict[str, list[str]] = defaultdict(list)
         self.reasons: dict[str, int] = {}  # why its grader gave no grade
@@ -56,6 +58,9 @@ class Kept:
         if left or not self.frame.form:
             return left
         return [FORM] * (FORM not in self.barren and self.tries[FORM] < config.attempts)
+
+    def count(self, source: str, outcome: str) -> int:
+        return self.counts.get(source, Counter())[outcome]
 
     def tally(self, source: str, outcome: str, text: str) -> None:
         self.counts.setdefault(source, Counter())[outcome] += 1
@@ -89,21 +94,27 @@ class Written(NamedTuple):
 def run(config: RehearsalConfig, kept: Sequence[Kept], tools: Tools) -> None:
     """Fills `kept`, at most config.prompts rows each. The key is consumed."""
     number = 0
-    while asked := [(each, source) for each in kept for source in each.next(config)]:
-        before = {(each.frame.name, source): each.counts.get(source, Counter())["kept"] for each, source in asked}
-        key = jax.random.fold_in(tools.key, number)
-        answered_key, *keys = jax.random.split(key, 1 + len(asked))
-        written = _write(config, asked, tools, keys)
-        _answer(config, _clean(_fresh(written, tools), tools), tools, answered_key)
-        for each, source in asked:
-            each.tries[source] += 1
-            if each.counts.get(source, Counter())["kept"] == before[each.frame.name, source]:
-                each.barren.add(source)
-        number += 1
+    while True:
+        while asked := [(each, source) for each in kept for source in each.next(config)]:
+            _round(config, asked, tools._replace(key=jax.random.fold_in(tools.key, number)))
+            number += 1
+        if all(each.checked == len(each.rows) for each in kept):
+            break
+        _clean(kept, tools)
     for each in kept:
         order = (PREFIX, DESCRIBED, FORM)
         each.rows.sort(key=lambda row: order.index(row["meta"]["rehearsal"]["source"]))
         del each.rows[config.prompts :]
+
+
+def _round(config: RehearsalConfig, asked: Sequence[tuple[Kept, str]], tools: Tools) -> None:
+    answered_key, *keys = jax.random.split(tools.key, 1 + len(asked))
+    before = [each.count(source, "kept") for each, source in asked]
+    _answer(config, _fresh(_write(config, asked, tools, keys), tools), tools, answered_key)
+    for (each, source), had in zip(asked, before):
+        each.tries[source] += 1
+        if each.count(source, "kept") == had:
+            each.barren.add(source)
 
 
 def _write(config: RehearsalConfig, asked, tools: Tools, keys) -> list[Written]:
@@ -179,15 +190,21 @@ def _fresh(written: list[Written], tools: Tools) -> list[Written]:
     return found
 
 
-def _clean(written: list[Written], tools: Tools) -> list[Written]:
-    """Without what the gate takes for an evaluation prompt."""
-    if not written:
-        return []
-    flagged = tools.contaminated([(each.kept.frame, each.text) for each in written])
-    for each, is_flagged in zip(written, flagged, strict=True):
-        if is_flagged:
-            each.kept.tally(each.source, "contaminated", each.text)
-    return [each for each, is_flagged in zip(written, flagged) if not is_flagged]
+def _clean(kept: Sequence[Kept], tools: Tools) -> None:
+    """Drops of the rows not yet checked what the gate takes for an evaluation prompt."""
+    new = [(each, row) for each in kept for row in each.rows[each.checked :]]
+    flagged = tools.contaminated([(each.frame, row["messages"][-1]["content"]) for each, row in new])
+    for each in kept:
+        del each.rows[each.checked :]
+    for (each, row), is_flagged in zip(new, flagged, strict=True):
+        if not is_flagged:
+            each.rows.append(row)
+            continue
+        source = row["meta"]["rehearsal"]["source"]
+        each.counts[source]["kept"] -= 1
+        each.tally(source, "contaminated", row["messages"][-1]["content"])
+    for each in kept:
+        each.checked = len(each.rows)
 
 
 def _answer(config: RehearsalConfig, written: list[Written], tools: Tools, key: jax.Array) -> None:
