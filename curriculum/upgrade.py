@@ -11,6 +11,7 @@ from curriculum.config import finite, require
 from curriculum.monitor import MonitorConfig
 
 REHEARSALS = ("none", "self")
+REWARDS = ("agreement", "none")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RehearsalConfig:
     likeness: float  # cosine that a prompt written from no hint must have to the description of its domain
     samples: int  # replies to each prompt
     agreement: float  # share of them that must say the same
+    reward: str  # agreement: saying what they agree on | none: nothing, KL to M0 alone acts; neither sampled nor graded
 
     def __post_init__(self):
         checks = (
@@ -38,6 +40,8 @@ class RehearsalConfig:
             ("agreement", 0 < self.agreement <= 1, "must be above 0 and at most 1"),
         )
         require(self, "upgrade.writing", checks)
+        if self.reward not in REWARDS:
+            raise ValueError(f"upgrade.writing.reward={self.reward!r}: expected one of {', '.join(REWARDS)}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ prior domain as if its rows were lost and shows what comes of it. Sources of pro
 What is written is read (of the form, if one is known), deduplicated, dropped where the gate takes it for an evaluation
 prompt, and answered by M0 several times. A rubric that needs no answer keeps a prompt whose replies it can all grade
 and of which one passes; else a prompt is kept where enough replies agree (rubric/majority.py), with the majority's
-answer: what is then rewarded is what M0 mostly says, right or wrong.
+answer: what is then rewarded is what M0 mostly says, right or wrong. With upgrade.writing.reward=none every prompt is
+kept, all replies have the same grade, and the KL to M0 is all that acts on them: on-policy distillation (Agarwal et
+al., 2306.13649, its reverse KL). That needs no grader, and takes over M0's distribution instead of its mode.
 
 RUN_DIR/rehearsal/<domain>.jsonl holds the rows, report.json the counts and examples of every stage. The rows are the
 domain's training source from then on, for the gate, the run and its continuation alike.
@@ -58,6 +60,11 @@ def prepare(config: Config, run_dir: Path) -> Config:
     lost = [domain.name for domain in config.domains if domain.eval_only and not domain.new]
     if config.upgrade.rehearsal == "none" or not lost:
         return config
+    if config.upgrade.writing.reward == "none" and config.algorithm.zero_variance == "drop":
+        raise ValueError(
+            "upgrade.writing.reward=none: algorithm.zero_variance=drop leaves out what has no differences to learn "
+            "from: set algorithm.zero_variance=keep, or upgrade.writing.reward=agreement"
+        )
     kept, notes = write(config, lost)
     folder = (run_dir / FOLDER).absolute()
     if multihost.is_first():
@@ -87,7 +94,7 @@ def write(config: Config, names: Sequence[str], m0: M0 | None = None) -> tuple[d
     for number, (domain, rubric) in enumerate(zip(found, rubrics)):
         if domain.name in names:
             frames[number] = rehearsed.frame(domain)
-            if refusal := refused(frames[number], rubric):
+            if refusal := refused(frames[number], rubric, config.upgrade.writing.reward == "none"):
                 notes[domain.name] = refusal
                 del frames[number]
     kept = {frame.name: Kept(frame, number) for number, frame in frames.items()}
@@ -117,15 +124,12 @@ def write(config: Config, names: Sequence[str], m0: M0 | None = None) -> tuple[d
     return kept, notes
 
 
-def refused(frame: Frame, rubric: schema.Rubric | None) -> str:
-    """Why nothing can be written for a domain, in one line; "" where it can."""
+def refused(frame: Frame, rubric: schema.Rubric | None, ungraded: bool) -> str:
+    """Why nothing can be written for a domain, in one line; "" where it can. ungraded: its rows need no grader."""
     if registry.is_multi_turn(frame.environment):
         return f"environment {frame.environment} grades conversations, not answers to a prompt of M0's"
-    if (
-        rubric is None
-        and frame.environment in BY_ROW
-        and not (frame.environment == "constraints" and frame.meta.get("constraints"))
-    ):
+    graded = ungraded or rubric is not None or frame.environment not in BY_ROW
+    if not graded and not (frame.environment == "constraints" and frame.meta.get("constraints")):
         return f"environment {frame.environment} reads tests of each row's own, which M0 does not write"
     if not (frame.description or frame.form or frame.turns):
         return "nothing says what its prompts are: give the domain a description"

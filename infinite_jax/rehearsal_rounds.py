@@ -18,11 +18,12 @@ from curriculum import forms, rehearsed
 from curriculum.rehearsed import Frame
 from curriculum.upgrade import RehearsalConfig
 from rubric import majority
-from rubric.evaluator import PASS_GRADE
+from rubric.evaluator import FIXED, PASS_GRADE
 
 PREFIX, DESCRIBED, FORM = "prefix", "described", "form"
 # Why a written prompt is dropped, in the order of the stages.
 DROPPED = ("unended", "unread", "duplicate", "too_long", "disputed", "failed", "contaminated")
+NOT_GRADED = "not graded"  # the answer of rows where nothing is rewarded
 EXAMPLES = 3  # texts of each outcome in the report
 
 
@@ -67,13 +68,23 @@ class Kept:
         if outcome != "written" and len(self.examples[outcome]) < EXAMPLES:
             self.examples[outcome].append(text)
 
+    def keep(self, source: str, text: str, answer: object, by: str, share: float | None) -> None:
+        """by: rubric | agreement | distillation; share: of M0's replies that pass or agree."""
+        self.tally(source, "kept", f"{text} -> {answer}")
+        row = rehearsed.row(self.frame, text, answer, source=source, by=by, agreement=share)
+        if by == "distillation":
+            row["meta"][FIXED] = 4
+        self.rows.append(row)
+
     def report(self) -> dict:
         by = Counter(row["meta"]["rehearsal"]["by"] for row in self.rows)
         shares = [row["meta"]["rehearsal"]["agreement"] for row in self.rows]
+        shares = [share for share in shares if share is not None]
         return {
             "rows": len(self.rows),
             "kept_by_rubric": by["rubric"],
             "kept_by_agreement": by["agreement"],
+            "kept_for_distillation": by["distillation"],
             "agreement": float(np.mean(shares)) if shares else None,
             "answers": len({repr(row["answer"]) for row in self.rows}),  # different ones
             "sources": {
@@ -110,7 +121,12 @@ def run(config: RehearsalConfig, kept: Sequence[Kept], tools: Tools) -> None:
 def _round(config: RehearsalConfig, asked: Sequence[tuple[Kept, str]], tools: Tools) -> None:
     answered_key, *keys = jax.random.split(tools.key, 1 + len(asked))
     before = [each.count(source, "kept") for each, source in asked]
-    _answer(config, _fresh(_write(config, asked, tools, keys), tools), tools, answered_key)
+    written = _fresh(_write(config, asked, tools, keys), tools)
+    if config.reward == "none":
+        for each in written:
+            each.kept.keep(each.source, each.text, NOT_GRADED, "distillation", None)
+    else:
+        _answer(config, written, tools, answered_key)
     for (each, source), had in zip(asked, before):
         each.tries[source] += 1
         if each.count(source, "kept") == had:
@@ -255,6 +271,5 @@ def _keep(config: RehearsalConfig, each: Written, found: majority.Majority, by_r
     elif not by_rubric and found.share < config.agreement:
         each.kept.tally(each.source, "disputed", each.text)
     else:
-        each.kept.tally(each.source, "kept", f"{each.text} -> {found.answer}")
-        about = {"source": each.source, "by": "rubric" if by_rubric else "agreement", "agreement": found.share}
-        each.kept.rows.append(rehearsed.row(each.kept.frame, each.text, found.answer, **about))
+        by = "rubric" if by_rubric else "agreement"
+        each.kept.keep(each.source, each.text, found.answer, by, found.share)
