@@ -2,10 +2,9 @@
 
     python -m benchmarks.rehearsal [--config-name bench12] [--only copy,sort] [--out FILE] [key=value ...]
 
-Every prior domain of the configuration is written for as if its training rows were lost. `right`: the share of kept
-rows whose answer is that of a solver below, which knows the domain's prompts; `asked`: rows that it can read, the
-others are no prompts of the domain's form. `M0`: M0's own replies at temperature 1 to the same prompts that are right,
-from the rows' agreement where the majority is right. Solvers and generators are not used in writing.
+Every prior domain of the configuration is written for as if its training rows were lost. `asked`: kept rows that a
+solver below, which knows the domain's prompts, can read; the others are no prompts of the domain's. `right`: the share
+of those whose answer is the solver's. Solvers and generators are not used in writing.
 """
 
 import json

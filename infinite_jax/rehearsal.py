@@ -31,7 +31,7 @@ from urllib.parse import quote
 import jax
 import numpy as np
 
-from configs import cli
+from configs import cli, limits
 from configs.schema import Config, located
 from curriculum import domains, rehearsed, semantic
 from curriculum.contamination import ContaminationDetector
@@ -88,6 +88,7 @@ def write(config: Config, names: Sequence[str], m0: M0 | None = None) -> tuple[d
     m0: loaded unless given. The evaluation rows are read for the frames and for the contamination check; the writer
     gets the frames alone.
     """
+    limits.validate(config, jax.device_count())
     found = domains.load([dataclasses.replace(domain, train=None, eval_only=True) for domain in config.domains])
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
     frames, notes = {}, {}

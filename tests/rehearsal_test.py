@@ -321,7 +321,8 @@ def test_bad_values_are_one_line(override, said):
 
 def test_a_small_model_writes_and_answers_in_static_batches(save_small_model, tmp_path):
     save_small_model(tmp_path)
-    numbers = ["upgrade.writing.prompts=4", "upgrade.writing.least=1", "upgrade.writing.tokens=6", "eval.batch=8"]
+    numbers = [f"upgrade.writing.{each}" for each in ("prompts=4", "least=1", "tokens=6", "samples=4")]
+    numbers += ["algorithm.max_new_tokens=6", "eval.batch=8"]  # so that writing and answering are one program
     config = cli.compose_config("config", None, [f"model.path={tmp_path / 'model'}", *numbers, "mesh=single"])
     m0 = M0(config)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -329,7 +330,7 @@ def test_a_small_model_writes_and_answers_in_static_batches(save_small_model, tm
     assert len(opened) == 6 and opened == m0.open_turn(turns, 6, jax.random.key(0))
     assert opened != m0.open_turn(turns, 6, jax.random.key(1))
     answered = m0.answer([[{"role": "user", "content": text}] for text in ("a", "a long one", "b")], jax.random.key(0))
-    assert [len(replies) for replies in answered] == [8, 8, 8]
+    assert [len(replies) for replies in answered] == [4, 4, 4]
     assert m0.fits([{"role": "user", "content": "a" * 20}]) and not m0.fits([{"role": "user", "content": "a" * 30}])
     with pytest.raises(ValueError, match="apply_chat_template"):
         M0(dataclasses.replace(config, model=dataclasses.replace(config.model, apply_chat_template=False)))
