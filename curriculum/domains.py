@@ -76,6 +76,11 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(f"{where}.train={config.train!r}: give a source of training rows, or set eval_only: true")
         if not config.test:
             raise ValueError(f"{where}.test={config.test!r}: give a source of held-out rows")
+        if config.form is not None:
+            try:
+                forms.check(config.form)
+            except ValueError as error:
+                raise ValueError(f"{where}.form={error}") from error
         if not 0 < config.weight < float("inf"):
             raise ValueError(f"{where}.weight={config.weight}: must be above 0; for share 0 set eval_only: true")
         if not 0 <= config.arrives <= LAST_STEP:
@@ -84,11 +89,6 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(
                 f"{where}.retires={config.retires}: must be a step from arrives={config.arrives} on, or left out"
             )
-        if config.form is not None:
-            try:
-                forms.check(config.form)
-            except ValueError as error:
-                raise ValueError(f"{where}.form={error}") from error
         _check_environment(config, where)
 
 

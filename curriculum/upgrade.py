@@ -66,11 +66,10 @@ class UpgradeConfig:
         checks = (
             ("baseline", self.baseline >= 1, "must be at least 1 (4: M0's error is then half of an evaluation's)"),
             ("least_kl", finite(self.least_kl), "must be at least 0 (0 = any)"),
+            ("rehearsal", self.rehearsal in REHEARSALS, f"expected one of {', '.join(REHEARSALS)}"),
             ("new_floor", 0 <= self.new_floor < 1, part),
             ("prior_floor", 0 <= self.prior_floor < 1, part),
             ("ramp_start", 0 < self.ramp_start <= 1, "must be above 0 and at most 1 (1 = no ramp)"),
             ("ramp_steps", self.ramp_steps >= 0, "must be at least 0 steps"),
         )
         require(self, "upgrade", checks)
-        if self.rehearsal not in REHEARSALS:
-            raise ValueError(f"upgrade.rehearsal={self.rehearsal!r}: expected one of {', '.join(REHEARSALS)}")
