@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import grain
 
+from curriculum import forms
 from curriculum.generators import Row
 from curriculum.sources import GENERATORS, levels, made_for, maker, read, read_levels
 
@@ -41,6 +42,8 @@ class DomainConfig:
     eval_only: bool = False  # no training prompts, share 0
     arrives: int = 0  # first step that may train on it
     retires: int | None = None  # first step that no longer does; None = never
+    description: str | None = None  # one sentence: what its prompts ask; read by rehearsal alone, as is `form`
+    form: str | None = None  # pattern of its prompts (forms.py), where there is one
 
 
 class Domain(NamedTuple):
@@ -73,6 +76,11 @@ def check(configs: Sequence[DomainConfig]) -> None:
             raise ValueError(f"{where}.train={config.train!r}: give a source of training rows, or set eval_only: true")
         if not config.test:
             raise ValueError(f"{where}.test={config.test!r}: give a source of held-out rows")
+        if config.form is not None:
+            try:
+                forms.check(config.form)
+            except ValueError as error:
+                raise ValueError(f"{where}.form={error}") from error
         if not 0 < config.weight < float("inf"):
             raise ValueError(f"{where}.weight={config.weight}: must be above 0; for share 0 set eval_only: true")
         if not 0 <= config.arrives <= LAST_STEP:

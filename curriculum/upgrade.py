@@ -18,6 +18,39 @@ from curriculum.config import finite, require
 from curriculum.monitor import Effects, MonitorConfig, MonitorState
 from curriculum.triage import TriageState
 
+REHEARSALS = ("none", "self")
+REWARDS = ("agreement", "none")
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    """How M0 writes prompts of prior domains that have none. Raises ValueError naming upgrade.writing.<key>."""
+
+    prompts: int  # wanted of each domain, and written at each attempt from each source
+    attempts: int  # at most, until as many are kept
+    least: int  # a domain of which fewer are kept stays evaluation only
+    tokens: int  # of a prompt that M0 writes, at most
+    temperature: float  # of writing; replies are sampled at 1
+    likeness: float  # cosine that a prompt written from no hint must have to the description of its domain
+    samples: int  # replies to each prompt
+    agreement: float  # share of them that must say the same
+    reward: str  # agreement: saying what they agree on | none: nothing, KL to M0 alone acts; neither sampled nor graded
+
+    def __post_init__(self):
+        checks = (
+            ("prompts", self.prompts >= 1, "must be at least 1"),
+            ("attempts", self.attempts >= 1, "must be at least 1"),
+            ("least", 1 <= self.least <= self.prompts, f"must be from 1 to prompts={self.prompts}"),
+            ("tokens", self.tokens >= 1, "must be at least 1"),
+            ("temperature", 0 < self.temperature and finite(self.temperature), "must be above 0"),
+            ("likeness", 0 <= self.likeness <= 1, "must be a cosine from 0 to 1"),
+            ("samples", self.samples >= 2, "must be at least 2: one reply agrees with itself"),
+            ("agreement", 0 < self.agreement <= 1, "must be above 0 and at most 1"),
+        )
+        require(self, "upgrade.writing", checks)
+        if self.reward not in REWARDS:
+            raise ValueError(f"upgrade.writing.reward={self.reward!r}: expected one of {', '.join(REWARDS)}")
+
 
 @dataclass(frozen=True)
 class UpgradeConfig:
@@ -31,6 +64,8 @@ class UpgradeConfig:
     prior_floor: float  # part of the prior domains' share spread evenly over those with prompts
     ramp_start: float  # learning rate of a new domain at its first step, relative to the others'
     ramp_steps: int  # until it is theirs; 0 = at once
+    rehearsal: str  # none | self: prior domains without training rows get some that M0 writes and answers itself
+    writing: RehearsalConfig
     watch: bool  # act on the monitor; false: its readings are logged only
     monitor: MonitorConfig
 
@@ -39,6 +74,7 @@ class UpgradeConfig:
         checks = (
             ("baseline", self.baseline >= 1, "must be at least 1 (4: M0's error is then half of an evaluation's)"),
             ("least_kl", finite(self.least_kl), "must be at least 0 (0 = any)"),
+            ("rehearsal", self.rehearsal in REHEARSALS, f"expected one of {', '.join(REHEARSALS)}"),
             ("new_floor", 0 <= self.new_floor < 1, part),
             ("prior_floor", 0 <= self.prior_floor < 1, part),
             ("ramp_start", 0 < self.ramp_start <= 1, "must be above 0 and at most 1 (1 = no ramp)"),

@@ -27,8 +27,9 @@ def choose(config: Config) -> Path:
 def _choose(config: Config) -> Path:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.dir or f"runs/{config.run.name}-{stamp}")
-    # a report of the contamination gate alone is no run: the gate halted one, or was asked before
-    if folder.exists() and (not folder.is_dir() or any(path.name != "contamination" for path in folder.iterdir())):
+    # a report of the contamination gate, or what M0 wrote, is no run: the gate halted one, or was asked before
+    before = ("contamination", "rehearsal")
+    if folder.exists() and (not folder.is_dir() or any(path.name not in before for path in folder.iterdir())):
         raise ValueError(
             f"run.dir={folder} is not empty: continue it with `python -m infinite_jax.resume {folder}` or name another"
         )

@@ -31,6 +31,7 @@ from rubric.scoring import Graded
 from rubric.verify import CHEAP
 
 PASS_GRADE = 3.0
+FIXED = "fixed_grade"  # in a row's meta: the grade of every reply, so that nothing is rewarded; the KL term still acts
 At = tuple[int, str | None]
 _MANY_REASONS = 200  # different ones; messages that quote the reply would otherwise fill the memory of a long run
 
@@ -131,7 +132,7 @@ class RubricEvaluator:
         slow: dict[At, Task] = {}
         for place, (domain, row, reply) in enumerate(zip(domains, rows, replies)):
             meta = row.get("meta") or {}
-            for key in self._keys(domain, meta):
+            for key in [] if _is_fixed(row) else self._keys(domain, meta):
                 task = Task(key, reply, row.get("answer"), meta)
                 if key is None:
                     here[place, key] = graded.get(place, _NOT_GRADED)
@@ -139,9 +140,10 @@ class RubricEvaluator:
                     here[place, key] = answered(self._here[key], task)
                 else:
                     slow[place, key] = task
+        fixed = {place: Result(float(row["meta"][FIXED]), "") for place, row in enumerate(rows) if _is_fixed(row)}
         asked = asking.Asking(self.judge, self._questions(domains, rows, replies, here), fresh)
         done = here | dict(zip(slow, self._pool.run([*slow.values()]))) if slow else here
-        return self._scored(domains, rows, done, asked.answers())
+        return self._scored(domains, rows, done, asked.answers(), fixed)
 
     def versions(self) -> list[str]:
         """Of each domain's grader, as this process sees it now: rubric/versions.py."""
@@ -164,7 +166,7 @@ class RubricEvaluator:
         questions = {}
         for place, (domain, row, reply) in enumerate(zip(domains, rows, replies)):
             rubric, meta = self.rubrics[domain], row.get("meta") or {}
-            if rubric is None or not rubric.judged:
+            if rubric is None or not rubric.judged or _is_fixed(row):
                 continue
             if scoring.vetoed(rubric, self._row(domain, place, meta, done)):
                 continue
@@ -173,12 +175,16 @@ class RubricEvaluator:
                     questions[place, each.name] = asking.question(rubric, each, row, reply)
         return questions
 
-    def _scored(self, domains: list[int], rows: Sequence[Mapping], done: Mapping, judged: Mapping) -> Scored:
+    def _scored(
+        self, domains: list[int], rows: Sequence[Mapping], done: Mapping, judged: Mapping, fixed: Mapping[int, Result]
+    ) -> Scored:
         graded: list[Graded | Result] = []
         scores_BK = np.full((len(domains), scoring.width(self.rubrics)), np.nan, np.float32)
         for place, domain in enumerate(domains):
             rubric = self.rubrics[domain]
-            if rubric is None:
+            if place in fixed:
+                graded.append(fixed[place])
+            elif rubric is None:
                 graded.append(done[place, self._environments[domain]])
             else:
                 row = self._row(domain, place, rows[place].get("meta") or {}, done)
@@ -212,6 +218,10 @@ class RubricEvaluator:
 
 
 _NOT_GRADED = Result(None, "its environment graded no conversation")
+
+
+def _is_fixed(row: Mapping) -> bool:
+    return FIXED in (row.get("meta") or {})
 
 
 def _heavy(key: str) -> bool:
