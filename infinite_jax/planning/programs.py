@@ -86,7 +86,7 @@ def abstract_batch(config: AlgorithmConfig, scorer: Scorer, state: TrainState, m
     def prepare(base, *scored):
         return batch.prepare(config, scorer.over(base), *scored)
 
-    made = jax.eval_shape(prepare, base, learning(state), state.params, rollout, grades, domains)
+    made = jax.eval_shape(prepare, base, learning(state), state.params, rollout, grades, domains, domains)
     return jax.tree.map(lambda leaf: _rows(mesh, leaf.shape, leaf.dtype), made)
 
 
