@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import baseline, gate, heldout, record, rollback, run_folder, safety, transcripts
+from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, run_folder, safety, transcripts
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.grader_watch import GraderWatch
@@ -39,6 +39,8 @@ def begin(given: argparse.Namespace) -> int:
         set_up_runtime(config)
         cli.join_processes(given)
         run_dir = run_folder.choose(config)
+        if config.upgrade.active:
+            config = rehearsal.prepare(config, run_dir)
         screened = gate.screen(config)
         session = None if screened.halted else open_session(config, screened.domains)
         gate.write(run_dir / gate.FOLDER, screened)  # before config.yaml, with which the folder is a run
