@@ -9,11 +9,13 @@ would give. Arms:
 
     none       the new domains alone, no KL                     kl         the new domains alone, KL to M0
     split      30 % prior domains, no KL                        all        both, and the new domains' ramp
-    monitor    `all`, and the monitor acts                      rehearsal  `all` with prompts that M0 wrote
-    lora       the new domains alone, adapters of rank 8        middle     weights halfway from M0 to `none`
+    monitor    `all`, and the monitor acts                      lora       the new domains alone, adapters of rank 8
+    rehearsal  `all`, but prior prompts come from M0 and        middle     weights halfway from M0 to `none`
+               are graded by agreement with it;
+    distilled  the same without a reward: the KL alone acts
 
-Prior prompts are drawn from the generators that M0 was trained with (`rehearsal` has none). The tables are of
-eval.prompts held-out prompts a domain, greedy, the same before and after.
+Other prior prompts are drawn from the generators that M0 was trained with. The tables are of eval.prompts held-out
+prompts a domain, greedy, the same before and after.
 """
 
 import argparse
@@ -43,11 +45,12 @@ class World(NamedTuple):
     steps_m0: int
     steps: int  # of an upgrade
     every: int  # steps between evaluations
+    lora_rate: float  # learning rate of adapters, ten times that of all weights
 
 
 WORLDS = {
-    "tiny": World("config", ("shift", "count"), 1000, 60, 60, 10),
-    "bench12": World("bench12", ("sums", "code_output", "tool_call"), 1000, 40, 40, 8),
+    "tiny": World("config", ("shift", "count"), 1000, 60, 60, 10, 2e-3),
+    "bench12": World("bench12", ("sums", "code_output", "tool_call"), 1000, 40, 40, 8, 2e-4),
 }
 PYTHON = [sys.executable, "-m"]
 ALONE = ("upgrade.watch=false", "upgrade.ramp_steps=0", "upgrade.split=false")
@@ -59,6 +62,7 @@ ARMS = {  # whether prior prompts are there, and what the command adds
     "all": (True, ("upgrade.watch=false", *HELD)),
     "monitor": (True, HELD),
     "rehearsal": (False, ("upgrade.watch=false", "upgrade.rehearsal=self", *HELD)),
+    "distilled": (False, ("upgrade.watch=false", "upgrade.rehearsal=self", "upgrade.writing.reward=none", *HELD)),
     "lora": (False, (*ALONE, *FREE, "model.lora.rank=8")),
 }
 MIDDLE = "middle"
@@ -96,6 +100,7 @@ def command_of_arm(given: argparse.Namespace, arm: str, seed: int) -> list[str]:
     world, (kept, added) = WORLDS[given.world], ARMS[arm]
     settings = [f"run.dir={given.out / arm / str(seed)}", f"run.steps={world.steps}", f"run.eval_every={world.every}"]
     settings += [f"run.checkpoint_every={world.steps}", f"model.path={exported(given, seed)}", *added]
+    settings += [f"algorithm.learning_rate={world.lora_rate}"] if arm == "lora" else []
     return [*PYTHON, "infinite_jax.upgrade", *common(given, seed, "kept" if kept else "lost"), *settings]
 
 
