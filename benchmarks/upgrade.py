@@ -53,16 +53,17 @@ WORLDS = {
     "bench12": World("bench12", ("sums", "code_output", "tool_call"), 1000, 40, 40, 8, 2e-4),
 }
 PYTHON = [sys.executable, "-m"]
-ALONE = ("upgrade.watch=false", "upgrade.ramp_steps=0", "upgrade.split=false")
+UNWATCHED = ("upgrade.watch=false", "upgrade.baseline=1")
+ALONE = (*UNWATCHED, "upgrade.ramp_steps=0", "upgrade.split=false")
 FREE, HELD = ("algorithm.kl_coef=0", "upgrade.least_kl=0"), ("algorithm.kl_coef=0.1",)
 ARMS = {  # whether prior prompts are there, and what the command adds
     "none": (False, (*ALONE, *FREE)),
     "kl": (False, (*ALONE, *HELD)),
-    "split": (True, ("upgrade.watch=false", "upgrade.ramp_steps=0", *FREE)),
-    "all": (True, ("upgrade.watch=false", *HELD)),
+    "split": (True, (*UNWATCHED, "upgrade.ramp_steps=0", *FREE)),
+    "all": (True, (*UNWATCHED, *HELD)),
     "monitor": (True, HELD),
-    "rehearsal": (False, ("upgrade.watch=false", "upgrade.rehearsal=self", *HELD)),
-    "distilled": (False, ("upgrade.watch=false", "upgrade.rehearsal=self", "upgrade.writing.reward=none", *HELD)),
+    "rehearsal": (False, (*UNWATCHED, "upgrade.rehearsal=self", *HELD)),
+    "distilled": (False, (*UNWATCHED, "upgrade.rehearsal=self", "upgrade.writing.reward=none", *HELD)),
     "lora": (False, (*ALONE, *FREE, "model.lora.rank=8")),
 }
 MIDDLE = "middle"
