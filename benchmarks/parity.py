@@ -146,7 +146,7 @@ def trl(config: Config) -> dict:
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager"),
             reward_funcs=reward,
             args=settings,
             train_dataset=Dataset.from_list(rows),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.upgrade run OUT [--world tiny] [--seeds 0,1,2,3,4] [--arms none,kl,...] [--side N] [--cores N]
                                          [--gpus 0,1] [key=value ...]
-    python -m benchmarks.upgrade table OUT           reads OUT/<arm>/<seed>/: tables, OUT/upgrade.png
+    python -m benchmarks.upgrade table OUT [--world tiny] [--step N]      reads OUT/<arm>/<seed>/: tables, upgrade.png
 
 For each seed M0 is trained on the prior domains, exported, and upgraded once an arm, every time by the commands a user
 would give. Arms:
@@ -150,7 +150,7 @@ def run(given: argparse.Namespace) -> None:
             list(pool.map(lambda seed: one(f"{MIDDLE}-{seed}", [[*line, str(seed)]]), seeds))
 
 
-def middle(out: Path, seed: int) -> None:
+def middle(out: Path, world: str, seed: int) -> None:
     """Evaluates the mean of M0's weights and those that `none` ended with (WiSE-FT, arXiv 2109.01903)."""
     import jax
 
@@ -165,33 +165,32 @@ def middle(out: Path, seed: int) -> None:
         _, state = run_folder.checkpoints(folder).restore(abstract)
         params = jax.tree.map(lambda a, b: ((a + np.asarray(b)) / 2).astype(a.dtype), start, state.train.params)
         results = opened.evaluator.run(jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.train.params)))
+        start_rates = next(row for row in evaluated(folder) if row["step"] == 0)
+        rows = [start_rates, {"step": WORLDS[world].steps} | heldout.metrics(results)]
         target = out / MIDDLE / str(seed)
-        (target / "evaluations").mkdir(parents=True, exist_ok=True)
-        (target / "evaluations" / "0.npz").write_bytes((folder / "evaluations" / "0.npz").read_bytes())
-        heldout.save(target / "evaluations" / "1.npz", results)
-        with (target / "metrics.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "eval/macro": None}) + "\n" for step in (0, 1))
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def change(folder: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """[D]: pass rates at the start, and what they have changed by at the end, on the same prompts; None if not run."""
-    steps = [row["step"] for row in record.read(folder / "metrics.jsonl") if "eval/macro" in row]
-    files = [folder / "evaluations" / f"{step}.npz" for step in (0, steps[-1] if steps else 0)]
-    if len(steps) < 2 or not all(file.is_file() for file in files):
-        return None
-    passed = [heldout.load(file) for file in files]
-    before_D, after_D = (np.array([np.nanmean(heldout.passed(x[name].greedy_N)) for name in names]) for x in passed)
-    return before_D, after_D - before_D
+def change(folder: Path, names: list[str], step: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """[D]: pass rates at the start, and what they have changed by at a step, on the same prompts; None if not run."""
+    keys = [f"eval/pass_rate/{name}" for name in names]
+    rows = {row["step"]: np.array([row[key] for key in keys]) for row in evaluated(folder)}
+    return (rows[0], rows[step] - rows[0]) if rows.keys() >= {0, step} else None
 
 
-def table(out: Path, world: str) -> None:
+def evaluated(folder: Path) -> list[dict]:
+    return [row for row in record.read(folder / "metrics.jsonl") if "eval/macro" in row]
+
+
+def table(out: Path, world: str, step: int) -> None:
     new = WORLDS[world].new
     listed = yaml.safe_load((out / "configs" / "domains" / "kept.yaml").read_text(encoding="utf-8"))["domains"]
     names = [domain["name"] for domain in listed]
     is_new = np.array([name in new for name in names])
     found = {}
     for arm in (*ARMS, MIDDLE):
-        ended = [change(folder, names) for folder in sorted((out / arm).glob("*"))]
+        ended = [change(folder, names, step) for folder in sorted((out / arm).glob("*"))]
         found[arm] = [x for x in ended if x is not None]
     print("| arm | seeds | new, points | prior, mean | prior, worst | every new +5 | no prior -1 | both |")
     print("|---|---|---|---|---|---|---|---|")
@@ -219,7 +218,7 @@ def draw(out: Path, world: str) -> None:
     for arm in ARMS:
         curves = {}  # by kind: for each seed {step: rate}
         for folder in sorted((out / arm).glob("*")):
-            rows = [row for row in record.read(folder / "metrics.jsonl") if "eval/macro" in row]
+            rows = evaluated(folder)
             for kind in (True, False):
                 rates = [
                     [v for k, v in row.items() if k.startswith("eval/pass_rate/") and (k.split("/")[-1] in new) == kind]
@@ -255,15 +254,16 @@ def main() -> None:
     arguments.add_argument("--side", type=int, default=1, help="commands at a time")
     arguments.add_argument("--cores", type=int, default=0, help="cores of each; 0 = as the system places them")
     arguments.add_argument("--gpus", default="", help="GPUs that the commands take in turn; empty = as they find them")
+    arguments.add_argument("--step", type=int, default=0, help="that the tables are of; 0 = the last")
     arguments.add_argument("overrides", nargs="*", metavar="key=value")
     given = arguments.parse_intermixed_args()
     if given.verb == "run":
         run(given)
     elif given.verb == "middle":
         for seed in given.seeds.split(","):
-            middle(given.out, int(seed))
+            middle(given.out, given.world, int(seed))
     else:
-        table(given.out, given.world)
+        table(given.out, given.world, given.step or WORLDS[given.world].steps)
         draw(given.out, given.world)
 
 
