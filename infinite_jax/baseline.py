@@ -1,6 +1,6 @@
 """M0 before an upgrade: its pass rates, what the scheduler makes of them, and what the monitor will be able to see.
 
-M0 answers, greedily, the first upgrade.baseline x eval.prompts distinct test prompts of each domain, or all of them
+M0 answers, greedily, upgrade.baseline x eval.prompts distinct test prompts of each domain, or all of them
 where there are fewer. RUN_DIR/baseline.npz keeps every grade, in the format of an evaluation.
 
 The visible drop of a prior domain is the least that an evaluation of n prompts calls a violation with probability POWER

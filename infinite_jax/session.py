@@ -192,8 +192,9 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
 
     baseline = None
     if upgraded is not None:
+        test = [prompts.by_hash(prompts.distinct(domain)) for domain in test]  # an evaluation's are a sample of M0's
         asked = dataclasses.replace(config.eval, prompts=upgraded.baseline * config.eval.prompts, samples=1)
-        baseline = evaluator_of(asked, list(map(prompts.distinct, test)))
+        baseline = evaluator_of(asked, test)
     evaluator = evaluator_of(config.eval, test)
     triage = curriculum.init(seed, members(config, stream.sets.size_D))
     triage = exchange.replicated(mesh, triage)

@@ -6,7 +6,7 @@ import pytest
 
 from curriculum.config import PromptConfig
 from curriculum.domains import shuffled
-from infinite_jax.prompts import PriorityStream, Prompt, PromptSets, Stream
+from infinite_jax.prompts import PriorityStream, Prompt, PromptSets, Stream, by_hash
 from rubric.evaluator import Grades
 
 NAMES = ["a", "seen", "b", "c"]
@@ -105,3 +105,10 @@ def test_priorities_draw_again_what_their_position_says_and_grow_at_their_end():
         expected = old if old.ndim == 0 else np.concatenate([old, start[len(old) :]])
         np.testing.assert_array_equal(new, expected)
     assert jax.tree.map(np.shape, all_.start(2)) == jax.tree.map(np.shape, few.start())
+
+
+def test_the_first_by_hash_are_a_sample_of_all_whatever_their_order():
+    easy_first = [Prompt({}, (int(n >= 400), n), 0) for n in range(2000)]
+    chosen = by_hash(easy_first)[:500]
+    assert abs(sum(prompt.ids[0] == 0 for prompt in chosen) / 500 - 0.2) < 0.06  # three standard errors
+    assert by_hash(easy_first[::-1])[:500] == chosen
