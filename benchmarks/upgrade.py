@@ -62,8 +62,8 @@ ARMS = {  # whether prior prompts are there, and what the command adds
     "split": (True, (*UNWATCHED, "upgrade.ramp_steps=0", *FREE)),
     "all": (True, (*UNWATCHED, *HELD)),
     "monitor": (True, HELD),
-    "rehearsal": (False, (*UNWATCHED, "upgrade.rehearsal=self", *HELD)),
-    "distilled": (False, (*UNWATCHED, "upgrade.rehearsal=self", "upgrade.writing.reward=none", *HELD)),
+    "rehearsal": (False, (*UNWATCHED, "upgrade.rehearsal=self", "upgrade.writing.reward=agreement", *HELD)),
+    "distilled": (False, (*UNWATCHED, "upgrade.rehearsal=self", *HELD)),
     "lora": (False, (*ALONE, *FREE, "model.lora.rank=8")),
 }
 MIDDLE = "middle"

@@ -148,7 +148,7 @@ def config(tmp_path, monkeypatch):
         "defaults: [config, _self_]\ndomains:\n"
         "  - {name: old, test: old.jsonl, eval_only: true, description: Copy the text.}\n"
         "  - {name: fresh, new: true, train: 'gen:copy,size=8', test: 'gen:copy,split=test,size=8'}\n"
-        "upgrade: {rehearsal: self, writing: {prompts: 4, least: 2, attempts: 2}}\n"
+        "upgrade: {rehearsal: self, writing: {prompts: 4, least: 2, attempts: 2, reward: agreement}}\n"
         "contamination: {stages: [exact, near]}\nrubric: {workers: 1}\n"
     )
     return cli.compose_config("mine", str(tmp_path), [])
@@ -339,6 +339,7 @@ def test_a_small_model_writes_and_answers_in_static_batches(save_small_model, tm
 @pytest.mark.slow
 def test_the_shipped_model_writes_no_prompts_and_answers_those_of_a_form(tmp_path):
     stages = ["contamination.stages=[exact,near]", "upgrade.writing.prompts=64", "upgrade.writing.attempts=2"]
+    stages += ["upgrade.writing.reward=agreement"]
     assert rehearsal.main([f"run.dir={tmp_path}", "--only", "copy,count", *stages]) == 0
     report = json.loads((tmp_path / "rehearsal" / "report.json").read_text())["domains"]["copy"]
     assert report["sources"]["prefix"]["kept"] == report["sources"]["described"]["kept"] == 0
