@@ -41,6 +41,7 @@ class Task(NamedTuple):
     conversation: Callable[[np.random.Generator, dict, float], Turns]
     width: int  # tokens that hold any conversation
     stops: tuple[str, ...]  # texts that end a turn of the policy's by themselves
+    steps: int  # until what was said before is copied
 
 
 def sum_with_calculator(rng: np.random.Generator, row: dict, kind: float) -> Turns:
@@ -88,13 +89,18 @@ def _misspelt(rng: np.random.Generator, name: str) -> str:
 
 TASKS = {
     "calculator": Task(
-        lambda: domains.read(f"gen:add,difficulty=3,size={ROWS},seed=1"), sum_with_calculator, width=80, stops=()
+        lambda: domains.read(f"gen:add,difficulty=3,size={ROWS},seed=1"),
+        sum_with_calculator,
+        width=80,
+        stops=(),
+        steps=1000,
     ),
     "retrieval": Task(
         lambda: [row for seed in (1, 2) for row in years.questions("shown", seed)],
         search_for_year,
         width=112,
         stops=SearchR1.stops,
+        steps=2000,
     ),
 }
 
@@ -131,16 +137,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(prog="python -m models.tiny.talk", description=__doc__.splitlines()[0])
     arguments.add_argument("--of", choices=[*TASKS], default="calculator")
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--steps", type=int, default=1000)
+    arguments.add_argument("--steps", type=int, help="1000 for a calculator, 2000 for retrieval")
     given = arguments.parse_args(argv)
+    task = TASKS[given.of]
+    steps = task.steps if given.steps is None else given.steps
     text = tokenizer.load(str(TINY))
     config, params = hf.load(TINY, jnp.float32)
-    tx, learn = make.learner(config, given.steps, PEAK_RATE)
-    right, mixed = (jax.device_put(pack(text, TASKS[given.of], each)) for each in (False, True))
+    tx, learn = make.learner(config, steps, PEAK_RATE)
+    right, mixed = (jax.device_put(pack(text, task, each)) for each in (False, True))
     opt_state, rng = tx.init(params), np.random.default_rng(make.SEED)
-    for step in range(0, given.steps, REPORT):
-        rows_SB = rng.integers(ROWS, size=(min(REPORT, given.steps - step), BATCH))
-        shown = right if step < FIRST * given.steps else mixed
+    for step in range(0, steps, REPORT):
+        rows_SB = rng.integers(ROWS, size=(min(REPORT, steps - step), BATCH))
+        shown = right if step < FIRST * steps else mixed
         params, opt_state, loss = learn(params, opt_state, *shown, rows_SB)
         print(json.dumps({"step": step + len(rows_SB), "loss": round(float(loss), 4)}), flush=True)
     hf.save(config, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), given.out)
