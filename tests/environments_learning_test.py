@@ -41,6 +41,6 @@ def test_the_embedded_model_learns_to_search(tmp_path):
         given = given.replace("http://127.0.0.1:8000", url).replace(": years/", f": {world}/")
         (tmp_path / "searching.yaml").write_text(f"{given}\ndefaults: [config, _self_]\n")
         named = ["--config-name", "searching", "--config-dir", str(tmp_path)]
-        assert train.main([*named, f"model.path={model}", "run.steps=30", f"run.dir={folder}"]) == 0
+        assert train.main([*named, f"model.path={model}", "run.steps=20", f"run.dir={folder}"]) == 0
     start, end = rates(folder, "retrieval")
     assert start < 0.3 and end > 0.6
