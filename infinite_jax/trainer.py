@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,7 +17,7 @@ from curriculum import upgrade
 from curriculum.monitor import MonitorState
 from curriculum.triage import DomainStats, TriageState
 from curriculum.upgrade import UpgradeConfig
-from infinite_jax import batch, conversation, grpo, prompts, rows, step_metrics
+from infinite_jax import batch, conversation, grpo, prompts, resampling, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.conversation import Conversed, Talk
 from infinite_jax.placement import abstract_train_state, fetched, moments_in, moved
@@ -30,7 +29,7 @@ from infinite_jax.step_metrics import Metrics
 from infinite_jax.types import Batch, Rollout, RunState, TrainState, learning
 from models import lora
 from models.architectures import DecoderConfig
-from rubric.evaluator import Grades, RubricEvaluator, Scored
+from rubric.evaluator import RubricEvaluator, Scored
 from sharding import exchange
 
 # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
@@ -171,7 +170,7 @@ class InfiniteGRPOTrainer:
         position, rounds, sampled = state.position, [], None
         most = self.config.resample_rounds if self.curriculum.resample else 1
         level_D = jax.device_get(state.curriculum.level)
-        while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
+        while len(rounds) < most and (sampled is None or not resampling.differs(sampled).all()):
             chosen, position = self.stream.take(domain_P, level_D, position)
             step, attempt = int(state.curriculum.step), attempt_of(state)
             rollout, conversed = self.rollout(params, chosen, step, len(rounds), attempt)
@@ -182,7 +181,7 @@ class InfiniteGRPOTrainer:
             clock.lap("grade")
             said = replies if conversed is None else conversation.shown(chosen, conversed)
             rounds.append(Round(chosen, rollout, said, grades, scores_BK))
-            sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
+            sampled = rounds[0] if sampled is None else resampling.replace_equal(sampled, rounds[-1])
         return rounds, sampled, position
 
     def rollout(
@@ -219,30 +218,6 @@ class InfiniteGRPOTrainer:
         row_prompt = [chosen[b // self.config.group_size] for b in range(len(replies))]
         graded = {} if conversed is None else conversation.grade(self.talk.environments, row_prompt, conversed)
         return rows.whole(*rows.grade(self.grader, row_prompt, replies, graded))
-
-    def differs(self, done: Round) -> np.ndarray:
-        """bool[P], groups whose valid rewards are not all equal: those that give a gradient."""
-        reward_PG, valid_PG = (
-            x.reshape(-1, self.config.group_size) for x in (done.grades.reward_B, done.grades.valid_B)
-        )
-        advantage_PG = jax.device_get(grpo.group_advantage(reward_PG, valid_PG, "none"))
-        return (advantage_PG != 0).any(axis=1)
-
-    def replace_equal(self, kept: Round, more: Round) -> Round:
-        """`kept` with as many of its equal groups replaced by differing ones of `more` as there are."""
-        P, G = len(kept.chosen), self.config.group_size
-        group_P, free = np.arange(P), np.flatnonzero(~self.differs(kept))
-        found = np.flatnonzero(self.differs(more))[: len(free)]
-        group_P[free[: len(found)]] = P + found
-        row_B = (group_P[:, None] * G + np.arange(G)).reshape(-1)
-        rollout, both = _take_rows(kept.rollout, more.rollout, row_B), kept.replies + more.replies
-        # on the host, as in a rollout that was not mixed: what follows would be compiled twice
-        domain_B = np.concatenate([kept.rollout.domain_B, more.rollout.domain_B])[row_B]
-        rollout = rollout._replace(domain_B=domain_B, prompt_B=kept.rollout.prompt_B)
-        grades = Grades(*(np.concatenate(pair)[row_B] for pair in zip(kept.grades, more.grades)))
-        chosen = [[*kept.chosen, *more.chosen][p] for p in group_P]
-        scores_BK = np.concatenate([kept.scores_BK, more.scores_BK])[row_B]
-        return Round(chosen, rollout, [both[b] for b in row_B], grades, scores_BK)
 
     def statistics(self, done: Round, seconds: dict[str, float] | None, rounds: int) -> DomainStats:
         """Sums a domain of one of `rounds` rounds, with the cost of its prompts in the unit of capacity.
@@ -300,9 +275,3 @@ def _train_step(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, scorer.decoder, mesh))
         state = jax.lax.with_sharding_constraint(state, shardings)
     return moments_in(jax.memory.Space.Host, offload, state), metrics
-
-
-@jax.jit
-def _take_rows(a: Rollout, b: Rollout, row_B: np.ndarray) -> Rollout:
-    """Rows of both, those of `b` numbered after those of `a`."""
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[row_B], a, b)
