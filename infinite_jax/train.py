@@ -146,7 +146,7 @@ def measure_start(session: Session, run_dir: Path, state: RunState) -> tuple[dic
     """The evaluation of step 0, and the watches over graders and prior domains that begin with it."""
     metrics, results = evaluate(session, run_dir, 0, state)
     graders = GraderWatch.start(session, run_dir, results)
-    watch = safety.start(session, run_dir, evaluation_file(run_dir, 0))
+    watch = safety.start(session, run_dir, results)
     verdict = safety.judge(watch, 0, state, results, session.config.run.eval_every)
     return metrics | verdict.metrics, graders, watch
 

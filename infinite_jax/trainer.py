@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from configs.schema import AlgorithmConfig
 from curriculum import upgrade
 from curriculum.monitor import MonitorState
-from curriculum.triage import DomainStats, TriageState
+from curriculum.triage import DomainStats, TriageState, of_attempt
 from curriculum.upgrade import UpgradeConfig
 from infinite_jax import batch, conversation, grpo, prompts, resampling, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
@@ -34,7 +34,6 @@ from sharding import exchange
 
 # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
 ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM, ADAPTER_STREAM = range(4)
-ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 
 
 class Outcome(NamedTuple):  # what a step leaves for people to read
@@ -45,9 +44,7 @@ class Outcome(NamedTuple):  # what a step leaves for people to read
 
 def stream_key(seed: int, step: int, stream: int, attempt: int = 0) -> jax.Array:
     """attempt: rollbacks so far; a step tried again has keys of its own."""
-    root = jax.random.key(seed)
-    if attempt:
-        root = jax.random.fold_in(jax.random.fold_in(root, ATTEMPTS), attempt)
+    root = of_attempt(jax.random.key(seed), attempt)
     return jax.random.fold_in(jax.random.fold_in(root, step), stream)
 
 
@@ -66,6 +63,7 @@ class InfiniteGRPOTrainer:
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
       kl_D: f32[D], factor of each domain on algorithm.kl_coef.
       upgraded: None where the run is no upgrade.
+      mute_D: bool[D], domains whose grades say nothing (rows that M0 wrote, without a reward); None where all do.
       talk: None where every domain grades single replies.
     """
 
@@ -87,6 +85,7 @@ class InfiniteGRPOTrainer:
         capacity: str,
         kl_D: np.ndarray,
         upgraded: UpgradeConfig | None,
+        mute_D: np.ndarray | None,
         grader: RubricEvaluator,
         talk: Talk | None,
         seed: int,
@@ -96,6 +95,7 @@ class InfiniteGRPOTrainer:
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
         self.capacity, self.grader, self.talk, self.seed = capacity, grader, talk, seed
         self.kl_coef_D, self.upgraded = np.float32(config.kl_coef) * kl_D, upgraded
+        self.mute_D = mute_D
         self.talks_D = [talk is not None and talk.environments.of_domain[d] is not None for d in range(len(names))]
         self.sampling = Sampling(
             config.temperature,
@@ -140,14 +140,15 @@ class InfiniteGRPOTrainer:
             if self.capacity == "seconds":
                 seconds = exchange.from_first(seconds)  # one clock for all: costs enter the triage state
             stats = [self.statistics(done, seconds, len(rounds)) for done in rounds]
-            curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
+            summed = jax.tree.map(lambda *sums: sum(sums), *stats)
+            curriculum = self._triage(state.curriculum, summed, self.mute_D)
             triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
             if made.judged is not None:
                 triage |= jax.device_get(_value_drift(len(self.names), made, sampled.rollout.domain_B))
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
         about = (self.names, self.grader.rubrics, self.talks_D)
         metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
-        metrics |= self._of_upgrade(state.curriculum, kl_coef_D)
+        metrics |= self._of_upgrade(state.curriculum, draw.p_D, kl_coef_D)
         tokens = state.tokens + metrics["tokens/generated"]
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
@@ -236,12 +237,12 @@ class InfiniteGRPOTrainer:
             cost_P = computing * work_P / work_P.sum() + seconds["time/grade_s"] / rounds / len(work_P)
         return _tally(self.config.group_size, len(self.names), done.rollout.domain_B, done.grades, cost_P)
 
-    def _of_upgrade(self, curriculum: TriageState, kl_coef_D: np.ndarray) -> Metrics:
+    def _of_upgrade(self, curriculum: TriageState, p_D: np.ndarray, kl_coef_D: np.ndarray) -> Metrics:
         """What a step of an upgrade was drawn and learnt with; nothing in other runs."""
         if self.upgraded is None:
             return {}
-        ramp_D, new_share = jax.device_get((_ramp(self.upgraded, curriculum), curriculum.new_share))
-        found = {"upgrade/new_share": new_share.item()} if self.upgraded.split else {}
+        ramp_D, is_new_D = jax.device_get((_ramp(self.upgraded, curriculum), curriculum.is_new))
+        found = {"upgrade/new_share": p_D[is_new_D].sum().item()}
         for name, ramp, coefficient in zip(self.names, ramp_D, kl_coef_D, strict=True):
             found |= {f"upgrade/ramp/{name}": ramp.item(), f"upgrade/kl_coef/{name}": coefficient.item()}
         return found
