@@ -38,9 +38,16 @@ from curriculum import drift
 from curriculum.config import GRADE_MAX, GRADE_MIN, CurriculumConfig
 from curriculum.triage import DomainStats, TriageState, band_of
 
+COUNTERS = ("last_seen_step", "visits", "n_prompts", "n_samples")  # leaves that say how much was seen, not what
 
-def update(config: CurriculumConfig, state: TriageState, stats: DomainStats) -> TriageState:
-    """The state after the step that was drawn at state.step; `stats` are already summed over all hosts."""
+
+def update(
+    config: CurriculumConfig, state: TriageState, stats: DomainStats, mute_D: jax.Array | None = None
+) -> TriageState:
+    """The state after the step that was drawn at state.step; `stats` are already summed over all hosts.
+
+    mute_D: bool[D], domains whose grades say nothing: they count as seen, and their averages stay.
+    """
     chex.assert_equal_shape([state.acc_ema, *stats])
     chex.assert_type(list(stats), jnp.float32)
     seen_D = stats.n_groups > 0
@@ -71,9 +78,13 @@ def update(config: CurriculumConfig, state: TriageState, stats: DomainStats) -> 
         half_life=_half_life(config, state, rate_D),
         level=_level(config, state, rate_D, groups_D),
     )
-    seen = {name: jnp.where(seen_D, new_D, getattr(state, name)) for name, new_D in seen.items()}
+    heard_D = seen_D if mute_D is None else seen_D & ~mute_D
+    seen = {
+        name: jnp.where(seen_D if name in COUNTERS else heard_D, new_D, getattr(state, name))
+        for name, new_D in seen.items()
+    }
     moved = state._replace(**seen)
-    moved = drift.update(config.drift, moved, seen_D, rate_D, stats.pass_sq_sum / groups_D, groups_D)
+    moved = drift.update(config.drift, moved, heard_D, rate_D, stats.pass_sq_sum / groups_D, groups_D)
     moved = drift.restart(moved, jnp.round(moved.level) != jnp.round(state.level))
     cost_D = stats.cost_sum / jnp.maximum(stats.tried, 1.0)
     known_D = jnp.where(state.cost_ema > 0, _average(config.beta, state.cost_ema, cost_D, stats.tried, None), cost_D)

@@ -52,7 +52,7 @@ class MonitorConfig:
     boost_cap: float  # log units
     kl_scale: float  # factor on the KL coefficient from tier 2 on,
     kl_per_domain: bool  # only for the domains with a boost (of no use to those without prompts), or for all
-    prior_share: float  # of a batch for the prior domains together,
+    prior_share: float  # of a batch, as curriculum.capacity counts it, for the prior domains together,
     prior_share_raised: float  # the same from tier 1 on
     new_scale: float  # factor on the new domains' share from tier 3 on
 
@@ -143,7 +143,8 @@ def update(
 ) -> tuple[MonitorState, Transition]:
     """The state after an evaluation, and what happened. `config` is static under jit; a halted state stays as it is.
 
-    Where n or N is 0, the domain says nothing: its `bad` stays, and the evaluation counts as clean for none.
+    A domain of which M0 has no prompt (N = 0) is not watched. Where n is 0, the domain says nothing: its `bad` stays,
+    and the evaluation counts as clean for none.
 
     Args:
       K_D, N_D: [D], passes and prompts of M0. k_D, n_D: [D], the same of the model. Prompts are what is independent:
@@ -168,7 +169,8 @@ def update(
     drop_D, error_D, z_D = (jnp.where((N_D > 0) & (n_D > 0), x_D, 0.0) for x_D in (drop_D, error_D, z_D))
     violation_D = known_D & (drop_D > config.delta) & (z_D > threshold)
     hard_D = violation_D & (drop_D - threshold * error_D > config.hard)
-    moved, rollback = _move(config, state, violation_D, hard_D, known_D, jnp.all(known_D == prior_D), step)
+    complete = jnp.all(known_D == (prior_D & (N_D > 0)))
+    moved, rollback = _move(config, state, violation_D, hard_D, known_D, complete, step)
     moved = jax.tree.map(lambda old, new: jnp.where(state.halted, old, new), state, moved)
     return moved, Transition(
         drop=drop_D,
@@ -185,7 +187,7 @@ def update(
 
 
 def _move(config, state, violation_D, hard_D, known_D, complete, step) -> tuple[MonitorState, jax.Array]:
-    """(state, rollback) of a run that is not halted; `complete`: every prior domain was evaluated."""
+    """(state, rollback) of a run that is not halted; `complete`: every domain that is watched was evaluated."""
     violated, hard = jnp.any(violation_D), jnp.any(hard_D)
     clean = complete & ~violated
     bad_D = jnp.where(violation_D, state.bad + 1, jnp.where(known_D, 0, state.bad))

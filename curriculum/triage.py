@@ -244,9 +244,12 @@ def measured(config: CurriculumConfig, state: TriageState, rate_D: jax.Array) ->
 def root_key(seed, attempt: int = 0) -> jax.Array:
     """key_data of a run; attempt: how often the run has gone back to an earlier step so far."""
     key = jax.random.fold_in(jax.random.key(seed, impl=KEY_IMPL), KEY_STREAM)
-    if attempt:
-        key = jax.random.fold_in(jax.random.fold_in(key, ATTEMPTS), attempt)
-    return jax.random.key_data(key)
+    return jax.random.key_data(of_attempt(key, attempt))
+
+
+def of_attempt(key: jax.Array, attempt: int) -> jax.Array:
+    """`key` for the steps that are run again after so many ways back; itself at first."""
+    return jax.random.fold_in(jax.random.fold_in(key, ATTEMPTS), attempt) if attempt else key
 
 
 def grow(state: TriageState, config: CurriculumConfig, members: Roster) -> TriageState:

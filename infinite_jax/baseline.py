@@ -47,7 +47,11 @@ def begin(session: Session, run_dir: Path, state: RunState) -> RunState:
 
 def read(config: Config, run_dir: Path) -> Results:
     """M0's results of a run that is continued. Raises ValueError, one line, where they are missing or damaged."""
-    path = run_dir / FILE
+    return load(config, run_dir / FILE)
+
+
+def load(config: Config, path: Path) -> Results:
+    """Results of all domains. Raises ValueError, one line."""
     try:
         found = heldout.load(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -59,7 +63,7 @@ def read(config: Config, run_dir: Path) -> Results:
 
 def report(session: Session, results: Results) -> str:
     """The table that is printed before training, and a line on domains with few prompts."""
-    config, few = session.config, []
+    config, few, known = session.config, [], {}
     asked = config.upgrade.baseline * config.eval.prompts
     priors = sum(not domain.new for domain in config.domains)
     titles = ("domain", "kind", "training prompts", "M0's pass rate", "of prompts", "an evaluation's", "visible drop")
@@ -68,6 +72,7 @@ def report(session: Session, results: Results) -> str:
     for d, domain in enumerate(config.domains):
         verdicts = passed(results[domain.name].greedy_N)
         verdicts = verdicts[~np.isnan(verdicts)]
+        known[domain.name] = len(verdicts)
         n = len(prompts.distinct([prompt for prompt in session.evaluator.test if prompt.domain == d]))
         if len(results[domain.name].greedy_N) < asked:
             few.append(domain.name)
@@ -81,6 +86,8 @@ def report(session: Session, results: Results) -> str:
             "-" if domain.new else least_drop(config, verdicts, n, priors),
         )
     lines = [progress.as_text(table)]
+    if blind := [row.name for row in config.domains if not row.new and not known[row.name]]:
+        lines.append(f"no grade of M0's, so not watched: {', '.join(blind)}")
     if few:
         lines.append(f"fewer than {asked} distinct test prompts, all taken for M0: {', '.join(few)}")
     return "\n".join(lines)

@@ -37,7 +37,7 @@ from curriculum import domains, rehearsed, semantic
 from curriculum.contamination import ContaminationDetector
 from curriculum.domains import Domain
 from curriculum.rehearsed import Frame
-from infinite_jax import atomic, gate, rehearsal_rounds, waiting
+from infinite_jax import atomic, gate, rehearsal_rounds, run_folder, waiting
 from infinite_jax.rehearsal_model import M0
 from infinite_jax.rehearsal_rounds import Kept
 from infinite_jax.session import set_up_runtime
@@ -60,11 +60,17 @@ def prepare(config: Config, run_dir: Path) -> Config:
     lost = [domain.name for domain in config.domains if domain.eval_only and not domain.new]
     if config.upgrade.rehearsal == "none" or not lost:
         return config
-    if config.upgrade.writing.reward == "none" and config.algorithm.zero_variance == "drop":
-        raise ValueError(
-            "upgrade.writing.reward=none: algorithm.zero_variance=drop leaves out what has no differences to learn "
-            "from: set algorithm.zero_variance=keep, or upgrade.writing.reward=agreement"
-        )
+    if config.upgrade.writing.reward == "none":
+        for key, hinders, why in (
+            ("algorithm.zero_variance=drop", config.algorithm.zero_variance == "drop", "leaves out"),
+            ("curriculum=dynamic", config.curriculum.policy == "dynamic", "draws others in place of"),
+            ("algorithm.kl_coef=0", config.algorithm.kl_coef == 0, "teaches nothing from"),
+        ):
+            if hinders:
+                raise ValueError(
+                    f"upgrade.writing.reward=none: {key} {why} groups without a difference in reward, and M0's prompts "
+                    "give no other: change it, or set upgrade.writing.reward=agreement"
+                )
     kept, notes = write(config, lost)
     folder = (run_dir / FOLDER).absolute()
     if multihost.is_first():
@@ -243,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := set(names) - set(known):
             raise ValueError(f"--only {','.join(sorted(unknown))}: no such prior domain; there are {', '.join(known)}")
         set_up_runtime(config)
+        folder = run_folder.choose(config) / FOLDER
         kept, notes = write(config, names)
-        folder = Path(config.run.dir) / FOLDER
         save(folder, config, kept, notes)
     print(table(kept, notes))
     print(f"rows and report: {folder}")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
-from infinite_jax import baseline, changes, gate, grader_watch, record, rollback, run_folder
+from infinite_jax import changes, gate, grader_watch, record, rollback, run_folder, safety
 from infinite_jax.session import open_session, set_up_runtime
-from infinite_jax.train import evaluate, train
+from infinite_jax.train import evaluate, evaluation_file, train
 from sharding import exchange, multihost
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         f"run.tokens={config.run.tokens}: the run has generated {state.tokens} already; give more, or 0"
                     )
             if config.upgrade.active and start is not None:
-                baseline.read(config, run_dir)
+                safety.start(session, run_dir, evaluation_file(run_dir, 0))  # what it reads has to be there
             config = changes.date(config, asked, start or 0)
             session = session._replace(config=config)
             state, new = changes.grow(session, state)

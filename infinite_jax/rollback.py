@@ -34,6 +34,7 @@ from infinite_jax.types import RunState
 from sharding import exchange, multihost
 
 JOURNAL, REVIEW = "safety.json", "review.json"
+KEYS = {"kind", "attempt", "at", "to", "monitor"}  # that every entry of the journal has
 REMEDY = (
     "Look at the domains that have fallen (numbers, events.attempt-*.jsonl, evaluations/attempt-*). The newest "
     "checkpoint is the last good one: it can be evaluated and exported as it is. To go on from it at tier 3: "
@@ -47,7 +48,10 @@ def journal(run_dir: Path) -> list[dict]:
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list) or not all(isinstance(entry, dict) and entry.keys() >= KEYS for entry in found):
+            raise ValueError("another shape")
+        return found
     except ValueError as error:
         raise ValueError(f"{path}: not the file that a run writes: restore it from a backup") from error
 
@@ -165,7 +169,10 @@ def _ask_for_review(run_dir: Path, entry: dict) -> None:
 def _review(run_dir: Path) -> dict:
     path = run_dir / REVIEW
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "attempt" not in found:
+            raise ValueError("another shape")
+        return found
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not the file that a run writes: restore it from a backup") from error
 

@@ -54,12 +54,11 @@ class Verdict(NamedTuple):
 class Watch:
     """Judges evaluations. All processes call it together."""
 
-    def __init__(self, session: Session, before: Results, first: Results | None):
+    def __init__(self, session: Session, before: Results, first: Results):
         """before: M0's baseline. first: its evaluation at step 0, for the paired tests."""
-        self.config, self.names = session.config.upgrade, session.names
+        self.whole, self.config, self.names = session.config, session.config.upgrade, session.names
         self._prior_D = np.array([not domain.new for domain in session.config.domains])
         self._counts, self._first = counts(self.names, before), first
-        self._config = session.config
 
     def read(self, state: RunState, results: Results) -> Verdict:
         """The numbers of an evaluation that nothing follows from."""
@@ -89,7 +88,7 @@ class Watch:
                 "numbers": self._numbers(found),
                 "monitor": plain(moved),
             }
-        state = applied(self._config, state._replace(monitor=moved))
+        state = applied(self.whole, state._replace(monitor=moved))
         clean = self.config.watch and int(moved.last_good_step) == step
         return Verdict(state, metrics, self._events(found), clean, back)
 
@@ -141,26 +140,26 @@ class Watch:
         return events if self.config.watch else [event | {"watch": False} for event in events]
 
 
-def start(session: Session, run_dir: Path, first: Path) -> Watch | None:
-    """The watch of an upgrade; None where the run is none. first: the file of M0's evaluation at step 0.
+def start(session: Session, run_dir: Path, first: Path | Results) -> Watch | None:
+    """The watch of an upgrade; None where the run is none. first: M0's evaluation at step 0, or its file.
 
-    Raises ValueError, one line, where the numbers of M0 are missing.
+    Raises ValueError, one line, where the numbers of M0 are missing or damaged.
     """
     if not session.config.upgrade.active:
         return None
-    paired = session.config.upgrade.monitor.test != "unpaired"
-    if paired and not first.is_file():
-        raise ValueError(f"{first}: M0's verdicts are not there: restore the file from a backup, or start again")
-    return Watch(session, baseline.read(session.config, run_dir), heldout.load(first) if paired else None)
+    if isinstance(first, Path):
+        paired = session.config.upgrade.monitor.test != "unpaired"
+        first = baseline.load(session.config, first) if paired else {}
+    return Watch(session, baseline.read(session.config, run_dir), first)
 
 
 def applied(config: Config, state: RunState) -> RunState:
     """`state` with what its monitor asks for in the curriculum's leaves."""
     if state.monitor is None:
         return state
-    asked, held = upgrade.effects(config.upgrade, state.monitor), state.curriculum
-    boost, share = exchange.replicated(held.step.sharding.mesh, (asked.boost, asked.new_share))
-    return state._replace(curriculum=held._replace(boost=boost, new_share=share))
+    asked, curriculum = upgrade.effects(config.upgrade, state.monitor), state.curriculum
+    boost, share = exchange.replicated(curriculum.step.sharding.mesh, (asked.boost, asked.new_share))
+    return state._replace(curriculum=curriculum._replace(boost=boost, new_share=share))
 
 
 def held(before: RunState, state: RunState) -> tuple[int, ...]:

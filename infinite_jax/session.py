@@ -32,7 +32,7 @@ from models.architectures import DecoderConfig
 from rubric import schema
 from rubric.environments import registry
 from rubric.environments.runner import Environments
-from rubric.evaluator import RubricEvaluator
+from rubric.evaluator import RubricEvaluator, is_fixed
 from sharding import exchange
 from sharding.mesh import MeshConfig, make_mesh, make_rollout_mesh
 
@@ -182,6 +182,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         config.curriculum.capacity,
         np.array([domain.kl for domain in config.domains], np.float32),
         upgraded,
+        mute_of(train),
         grader,
         talk,
         seed,
@@ -206,6 +207,12 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     hashes = _data_hashes(names, train, test)
     parts = (grader, evaluator, baseline, canary, trainer, state)
     return Session(config, mesh, decoder, text, names, *parts, hashes, environments)
+
+
+def mute_of(train: list[dict[int, list[Prompt]]]) -> np.ndarray | None:
+    """bool[D], domains with rows of a fixed grade; None where there are none."""
+    mute_D = np.array([any(is_fixed(prompt.row) for prompt in itertools.chain(*levels.values())) for levels in train])
+    return mute_D if mute_D.any() else None
 
 
 def members(config: Config, size_D: np.ndarray) -> Roster:

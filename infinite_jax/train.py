@@ -100,11 +100,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
     ):
         if after is None:
             state = baseline.begin(session, run_dir, state)
-            metrics, results = evaluate(session, run_dir, 0, state)
-            graders = GraderWatch.start(session, run_dir, results)
-            watch = safety.start(session, run_dir, evaluation_file(run_dir, 0))
-            metrics |= safety.judge(watch, 0, state, results, run.eval_every).metrics
-            del results
+            metrics, graders, watch = measure_start(session, run_dir, state)
             log.write(0, metrics)
             progress.show(0, metrics)
             failures.warn()
@@ -144,6 +140,15 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
                 break
     say(outcome_of(run_dir, step, stopping and not last, saves))
     return cli.PREEMPTED if stopping and not last else cli.DONE, None
+
+
+def measure_start(session: Session, run_dir: Path, state: RunState) -> tuple[dict, GraderWatch, safety.Watch | None]:
+    """The evaluation of step 0, and the watches over graders and prior domains that begin with it."""
+    metrics, results = evaluate(session, run_dir, 0, state)
+    graders = GraderWatch.start(session, run_dir, results)
+    watch = safety.start(session, run_dir, results)
+    verdict = safety.judge(watch, 0, state, results, session.config.run.eval_every)
+    return metrics | verdict.metrics, graders, watch
 
 
 def outcome_of(run_dir: Path, step: int, stopped: bool, saved: bool) -> str:

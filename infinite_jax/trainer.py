@@ -9,16 +9,15 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from configs.schema import AlgorithmConfig
 from curriculum import upgrade
 from curriculum.monitor import MonitorState
-from curriculum.triage import DomainStats, TriageState
+from curriculum.triage import DomainStats, TriageState, of_attempt
 from curriculum.upgrade import UpgradeConfig
-from infinite_jax import batch, conversation, grpo, prompts, rows, step_metrics
+from infinite_jax import batch, conversation, grpo, prompts, resampling, rows, step_metrics
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.conversation import Conversed, Talk
 from infinite_jax.placement import abstract_train_state, fetched, moments_in, moved
@@ -30,12 +29,11 @@ from infinite_jax.step_metrics import Metrics
 from infinite_jax.types import Batch, Rollout, RunState, TrainState, learning
 from models import lora
 from models.architectures import DecoderConfig
-from rubric.evaluator import Grades, RubricEvaluator, Scored
+from rubric.evaluator import RubricEvaluator, Scored
 from sharding import exchange
 
 # ids of the random streams: fold_in(fold_in(key(seed), step), stream)
 ROLLOUT_STREAM, EVAL_STREAM, UPDATE_STREAM, ADAPTER_STREAM = range(4)
-ATTEMPTS = 0x61747470  # "attp", no step: keeps the keys of a second attempt off those of the first
 
 
 class Outcome(NamedTuple):  # what a step leaves for people to read
@@ -46,9 +44,7 @@ class Outcome(NamedTuple):  # what a step leaves for people to read
 
 def stream_key(seed: int, step: int, stream: int, attempt: int = 0) -> jax.Array:
     """attempt: rollbacks so far; a step tried again has keys of its own."""
-    root = jax.random.key(seed)
-    if attempt:
-        root = jax.random.fold_in(jax.random.fold_in(root, ATTEMPTS), attempt)
+    root = of_attempt(jax.random.key(seed), attempt)
     return jax.random.fold_in(jax.random.fold_in(root, step), stream)
 
 
@@ -67,6 +63,7 @@ class InfiniteGRPOTrainer:
       capacity: prompts, tokens or seconds: what the curriculum counts as the cost of a prompt.
       kl_D: f32[D], factor of each domain on algorithm.kl_coef.
       upgraded: None where the run is no upgrade.
+      mute_D: bool[D], domains whose grades say nothing (rows that M0 wrote, without a reward); None where all do.
       talk: None where every domain grades single replies.
     """
 
@@ -88,6 +85,7 @@ class InfiniteGRPOTrainer:
         capacity: str,
         kl_D: np.ndarray,
         upgraded: UpgradeConfig | None,
+        mute_D: np.ndarray | None,
         grader: RubricEvaluator,
         talk: Talk | None,
         seed: int,
@@ -97,6 +95,7 @@ class InfiniteGRPOTrainer:
         self.tokenizer, self.names, self.stream, self.curriculum = tokenizer, names, stream, curriculum
         self.capacity, self.grader, self.talk, self.seed = capacity, grader, talk, seed
         self.kl_coef_D, self.upgraded = np.float32(config.kl_coef) * kl_D, upgraded
+        self.mute_D = mute_D
         self.talks_D = [talk is not None and talk.environments.of_domain[d] is not None for d in range(len(names))]
         self.sampling = Sampling(
             config.temperature,
@@ -141,14 +140,15 @@ class InfiniteGRPOTrainer:
             if self.capacity == "seconds":
                 seconds = exchange.from_first(seconds)  # one clock for all: costs enter the triage state
             stats = [self.statistics(done, seconds, len(rounds)) for done in rounds]
-            curriculum = self._triage(state.curriculum, jax.tree.map(lambda *sums: sum(sums), *stats))
+            summed = jax.tree.map(lambda *sums: sum(sums), *stats)
+            curriculum = self._triage(state.curriculum, summed, self.mute_D)
             triage = jax.device_get(self._observe(curriculum, draw.p_D)) | self.stream.metrics(position)
             if made.judged is not None:
                 triage |= jax.device_get(_value_drift(len(self.names), made, sampled.rollout.domain_B))
             fallen_D = jax.device_get((state.curriculum.drift_flag, curriculum.drift_flag))
         about = (self.names, self.grader.rubrics, self.talks_D)
         metrics = step_metrics.of_step(rounds, draw.single, jax.device_get(update), triage, *about)
-        metrics |= self._of_upgrade(state.curriculum, kl_coef_D)
+        metrics |= self._of_upgrade(state.curriculum, draw.p_D, kl_coef_D)
         tokens = state.tokens + metrics["tokens/generated"]
         metrics |= {"tokens/total": int(tokens), "time/step_s": sum(clock.seconds.values())} | clock.seconds
         metrics["time/rollout_tokens_per_s"] = metrics["tokens/generated"] / clock.seconds["time/rollout_s"]
@@ -171,7 +171,7 @@ class InfiniteGRPOTrainer:
         position, rounds, sampled = state.position, [], None
         most = self.config.resample_rounds if self.curriculum.resample else 1
         level_D = jax.device_get(state.curriculum.level)
-        while len(rounds) < most and (sampled is None or not self.differs(sampled).all()):
+        while len(rounds) < most and (sampled is None or not resampling.differs(sampled).all()):
             chosen, position = self.stream.take(domain_P, level_D, position)
             step, attempt = int(state.curriculum.step), attempt_of(state)
             rollout, conversed = self.rollout(params, chosen, step, len(rounds), attempt)
@@ -182,7 +182,7 @@ class InfiniteGRPOTrainer:
             clock.lap("grade")
             said = replies if conversed is None else conversation.shown(chosen, conversed)
             rounds.append(Round(chosen, rollout, said, grades, scores_BK))
-            sampled = rounds[0] if sampled is None else self.replace_equal(sampled, rounds[-1])
+            sampled = rounds[0] if sampled is None else resampling.replace_equal(sampled, rounds[-1])
         return rounds, sampled, position
 
     def rollout(
@@ -220,30 +220,6 @@ class InfiniteGRPOTrainer:
         graded = {} if conversed is None else conversation.grade(self.talk.environments, row_prompt, conversed)
         return rows.whole(*rows.grade(self.grader, row_prompt, replies, graded))
 
-    def differs(self, done: Round) -> np.ndarray:
-        """bool[P], groups whose valid rewards are not all equal: those that give a gradient."""
-        reward_PG, valid_PG = (
-            x.reshape(-1, self.config.group_size) for x in (done.grades.reward_B, done.grades.valid_B)
-        )
-        advantage_PG = jax.device_get(grpo.group_advantage(reward_PG, valid_PG, "none"))
-        return (advantage_PG != 0).any(axis=1)
-
-    def replace_equal(self, kept: Round, more: Round) -> Round:
-        """`kept` with as many of its equal groups replaced by differing ones of `more` as there are."""
-        P, G = len(kept.chosen), self.config.group_size
-        group_P, free = np.arange(P), np.flatnonzero(~self.differs(kept))
-        found = np.flatnonzero(self.differs(more))[: len(free)]
-        group_P[free[: len(found)]] = P + found
-        row_B = (group_P[:, None] * G + np.arange(G)).reshape(-1)
-        rollout, both = _take_rows(kept.rollout, more.rollout, row_B), kept.replies + more.replies
-        # on the host, as in a rollout that was not mixed: what follows would be compiled twice
-        domain_B = np.concatenate([kept.rollout.domain_B, more.rollout.domain_B])[row_B]
-        rollout = rollout._replace(domain_B=domain_B, prompt_B=kept.rollout.prompt_B)
-        grades = Grades(*(np.concatenate(pair)[row_B] for pair in zip(kept.grades, more.grades)))
-        chosen = [[*kept.chosen, *more.chosen][p] for p in group_P]
-        scores_BK = np.concatenate([kept.scores_BK, more.scores_BK])[row_B]
-        return Round(chosen, rollout, [both[b] for b in row_B], grades, scores_BK)
-
     def statistics(self, done: Round, seconds: dict[str, float] | None, rounds: int) -> DomainStats:
         """Sums a domain of one of `rounds` rounds, with the cost of its prompts in the unit of capacity.
 
@@ -261,12 +237,12 @@ class InfiniteGRPOTrainer:
             cost_P = computing * work_P / work_P.sum() + seconds["time/grade_s"] / rounds / len(work_P)
         return _tally(self.config.group_size, len(self.names), done.rollout.domain_B, done.grades, cost_P)
 
-    def _of_upgrade(self, curriculum: TriageState, kl_coef_D: np.ndarray) -> Metrics:
+    def _of_upgrade(self, curriculum: TriageState, p_D: np.ndarray, kl_coef_D: np.ndarray) -> Metrics:
         """What a step of an upgrade was drawn and learnt with; nothing in other runs."""
         if self.upgraded is None:
             return {}
-        ramp_D, new_share = jax.device_get((_ramp(self.upgraded, curriculum), curriculum.new_share))
-        found = {"upgrade/new_share": new_share.item()} if self.upgraded.split else {}
+        ramp_D, is_new_D = jax.device_get((_ramp(self.upgraded, curriculum), curriculum.is_new))
+        found = {"upgrade/new_share": p_D[is_new_D].sum().item()}
         for name, ramp, coefficient in zip(self.names, ramp_D, kl_coef_D, strict=True):
             found |= {f"upgrade/ramp/{name}": ramp.item(), f"upgrade/kl_coef/{name}": coefficient.item()}
         return found
@@ -300,9 +276,3 @@ def _train_step(
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, scorer.decoder, mesh))
         state = jax.lax.with_sharding_constraint(state, shardings)
     return moments_in(jax.memory.Space.Host, offload, state), metrics
-
-
-@jax.jit
-def _take_rows(a: Rollout, b: Rollout, row_B: np.ndarray) -> Rollout:
-    """Rows of both, those of `b` numbered after those of `a`."""
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[row_B], a, b)

@@ -21,6 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     review.add_argument("--by", default="", metavar="NAME", help="who has")
     review.add_argument("--why", default="", metavar="TEXT", help="why it may go on")
     given = arguments.parse_args(argv)
+    with cli.bad_input():
+        if given.approve and given.overrides:
+            raise ValueError(f"--approve: takes no key=value; leave out {' '.join(given.overrides)}")
+        if not given.approve and (given.by or given.why):
+            raise ValueError("--by, --why: of an approval: name the halted run with --approve RUN_DIR")
     if given.approve:
         with cli.bad_input():
             print(rollback.approve(given.approve, given.by, given.why))

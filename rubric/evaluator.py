@@ -132,7 +132,7 @@ class RubricEvaluator:
         slow: dict[At, Task] = {}
         for place, (domain, row, reply) in enumerate(zip(domains, rows, replies)):
             meta = row.get("meta") or {}
-            for key in [] if _is_fixed(row) else self._keys(domain, meta):
+            for key in [] if is_fixed(row) else self._keys(domain, meta):
                 task = Task(key, reply, row.get("answer"), meta)
                 if key is None:
                     here[place, key] = graded.get(place, _NOT_GRADED)
@@ -140,7 +140,7 @@ class RubricEvaluator:
                     here[place, key] = answered(self._here[key], task)
                 else:
                     slow[place, key] = task
-        fixed = {place: Result(float(row["meta"][FIXED]), "") for place, row in enumerate(rows) if _is_fixed(row)}
+        fixed = {place: Result(float(row["meta"][FIXED]), "") for place, row in enumerate(rows) if is_fixed(row)}
         asked = asking.Asking(self.judge, self._questions(domains, rows, replies, here), fresh)
         done = here | dict(zip(slow, self._pool.run([*slow.values()]))) if slow else here
         return self._scored(domains, rows, done, asked.answers(), fixed)
@@ -166,7 +166,7 @@ class RubricEvaluator:
         questions = {}
         for place, (domain, row, reply) in enumerate(zip(domains, rows, replies)):
             rubric, meta = self.rubrics[domain], row.get("meta") or {}
-            if rubric is None or not rubric.judged or _is_fixed(row):
+            if rubric is None or not rubric.judged or is_fixed(row):
                 continue
             if scoring.vetoed(rubric, self._row(domain, place, meta, done)):
                 continue
@@ -220,8 +220,10 @@ class RubricEvaluator:
 _NOT_GRADED = Result(None, "its environment graded no conversation")
 
 
-def _is_fixed(row: Mapping) -> bool:
-    return FIXED in (row.get("meta") or {})
+def is_fixed(row: Mapping) -> bool:
+    """Whether every reply to the row has one grade, so that nothing is rewarded."""
+    meta = row.get("meta") or {}
+    return FIXED in meta and "rehearsal" in meta  # rows that M0 wrote, and no others
 
 
 def _heavy(key: str) -> bool:

@@ -18,7 +18,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 @pytest.fixture(scope="session")
 def save_small_model() -> Callable[..., None]:
-    """save(folder, **changes of its LlamaConfig): a policy of 17,000 parameters on bytes, as FOLDER/model."""
+    """save(folder, **changes of its LlamaConfig): a policy of 17,000 parameters on bytes, as FOLDER/model, and a grader
+    whose grades look random but are not, as FOLDER/checksum.py."""
     from transformers import LlamaConfig
 
     from models import hf, policy, source, tokenizer
@@ -31,5 +32,8 @@ def save_small_model() -> Callable[..., None]:
         config = from_hf(LlamaConfig(**shape | changes))
         hf.save(config, policy.init(config, jax.random.key(0)), folder / "model")
         tokenizer.load(str(source.TINY)).save_pretrained(folder / "model")
+        (folder / "checksum.py").write_text(
+            "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
+        )
 
     return save

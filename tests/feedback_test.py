@@ -238,3 +238,23 @@ def test_a_level_never_moves_by_more_than_one_a_step_and_a_new_one_restarts_the_
     np.testing.assert_array_equal(state.level, [2, 2, 2, 2, 3])
     np.testing.assert_array_equal(state.cusum > 0, [False] * 4 + [True])
     np.testing.assert_array_equal(state.ref_visits, [0] * 4 + [51])
+
+
+def test_mute_domains_count_as_seen_and_keep_their_averages():
+    mute = np.array([True, True, False, False, False])
+    grades = dict(
+        n_groups=[2, 0, 2, 0, 1], pass_sum=[2, 0, 2, 0, 1], grade_sum=[32, 0, 32, 0, 16], n_grades=[8, 0, 8, 0, 4]
+    )
+    grades |= dict(grade_sq_sum=[128, 0, 128, 0, 64], zero_var_sum=[2, 0, 2, 0, 1], pass_sq_sum=[2, 0, 2, 0, 1])
+    before = fresh(failures=np.array([3, 0, 0, 0, 0], np.int32))
+    heard, told = update(before, stats(**grades)), update(before, stats(**grades), mute)
+    counted = ("last_seen_step", "last_tried_step", "failures", "visits", "n_prompts", "n_samples")
+    for name, old, new, plain in zip(before._fields, before, told, heard):
+        if np.ndim(old) and len(old) == D and name not in counted:
+            identical(new[:2], old[:2])  # as they were
+        if np.ndim(old) and len(old) == D:
+            identical(new[2:], plain[2:])  # as ever
+    np.testing.assert_array_equal(
+        [told.visits[0], told.n_prompts[0], told.failures[0], told.last_seen_step[0]], [1, 2, 0, 0]
+    )
+    assert heard.acc_ema[0] > before.acc_ema[0] and told.visits[1] == 0

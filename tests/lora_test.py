@@ -277,9 +277,6 @@ def test_a_critics_head_reads_the_policy_with_its_adapters():
 def setting(save_small_model, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds, graded by a checksum of the reply."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "checksum.py").write_text(
-        "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
-    )
     save_small_model(folder)
     (folder / "small.yaml").write_text(
         "defaults: [config, _self_]\n"

@@ -162,9 +162,6 @@ def run(arguments: list[str], processes: int, devices: int) -> list[Ended]:
 def setting(save_small_model, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds: a policy of 17,000 parameters, one bucket, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "checksum.py").write_text(
-        "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
-    )
     grader = f"environment: {folder / 'checksum.py'}"
     save_small_model(folder)
     (folder / "small.yaml").write_text(

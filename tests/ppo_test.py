@@ -22,9 +22,6 @@ KINDS = {
 def setting(save_small_model, tmp_path_factory) -> list[str]:
     """A policy of 17,000 parameters with an unembedding of its own, and grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "checksum.py").write_text(
-        "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
-    )
     save_small_model(folder, tie_word_embeddings=False)
     grader = f"environment: {folder / 'checksum.py'}"
     (folder / "small.yaml").write_text(

@@ -20,9 +20,6 @@ ADDED = "- {name: sort, train: 'gen:sort,size=20', test: 'gen:sort,split=test,si
 def setting(save_small_model, tmp_path_factory) -> Path:
     """A policy of 17,000 parameters, four prompts a step, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "checksum.py").write_text(
-        "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
-    )
     save_small_model(folder)
     grader = f"environment: {folder / 'checksum.py'}"
     (folder / "small.yaml").write_text(

@@ -45,9 +45,6 @@ PRIOR = ("add", "seen")
 def setting(save_small_model, tmp_path_factory) -> list[str]:
     """Arguments of an upgrade of seconds, evaluated after every step; grades look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "checksum.py").write_text(
-        "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32(reply.encode()) % 4\n"
-    )
     grader = f"environment: {folder / 'checksum.py'}"
     save_small_model(folder)
     (folder / "small.yaml").write_text(
