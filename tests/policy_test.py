@@ -144,6 +144,7 @@ def test_positions_carry_order_whatever_the_layout():
     np.testing.assert_allclose(shuffled, straight[:, order], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory_and_leaves_gradients():
     deep = dataclasses.replace(LLAMA, num_layers=6, windows=(0,) * 6)
     params, tokens = random_params(deep), random_tokens(8, 32)

@@ -319,6 +319,7 @@ def test_bad_values_are_one_line(override, said):
         cli.compose_config("config", None, [override])
 
 
+@pytest.mark.slow
 def test_a_small_model_writes_and_answers_in_static_batches(save_small_model, tmp_path):
     save_small_model(tmp_path)
     numbers = [f"upgrade.writing.{each}" for each in ("prompts=4", "least=1", "tokens=6", "samples=4")]
