@@ -456,7 +456,7 @@ def cells(text: str, name: str) -> list[float]:
 def test_a_step_compiled_for_a_slice(model, topology):
     code, text = planned(f"topology={topology}", f"model={model}", "search=false", *BATCH)
     assert code == 0 and "fits:" in text, text
-    assert "collectives of the update" in text and "all-gather over" in text
+    assert "collectives of the update" in text and re.search(r"all-(gather|reduce) over", text)  # by the mesh chosen
     model_flops, compiled = cells(text, "model, Tflop"), cells(text, "compiled, Tflop")
     for least, found in zip(model_flops, compiled):
         assert 0.95 * least < found < 3 * least
