@@ -17,7 +17,7 @@ from rich.table import Table
 
 from configs.schema import Config
 from curriculum import drops, triage
-from infinite_jax import heldout, progress, prompts
+from infinite_jax import heldout, progress
 from infinite_jax.heldout import Results, average, passed
 from infinite_jax.session import Session
 from infinite_jax.types import RunState
@@ -73,7 +73,7 @@ def report(session: Session, results: Results) -> str:
         verdicts = passed(results[domain.name].greedy_N)
         verdicts = verdicts[~np.isnan(verdicts)]
         known[domain.name] = len(verdicts)
-        n = len(prompts.distinct([prompt for prompt in session.evaluator.test if prompt.domain == d]))
+        n = sum(prompt.domain == d for prompt in session.evaluator.test)
         if len(results[domain.name].greedy_N) < asked:
             few.append(domain.name)
         table.add_row(

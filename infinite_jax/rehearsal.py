@@ -48,7 +48,7 @@ from rubric.majority import BY_ROW, needs_answer
 from sharding import exchange, multihost
 
 FOLDER, REPORT = "rehearsal", "report.json"
-STREAM = 0x7265686561727365  # "rehearse": keeps these keys off those folded from the same seed
+STREAM = 0x61727365  # the end of "rehearse": keeps these keys off those folded from the same seed
 
 
 def prepare(config: Config, run_dir: Path) -> Config:
@@ -116,7 +116,7 @@ def write(config: Config, names: Sequence[str], m0: M0 | None = None) -> tuple[d
                 lambda frame: needs_answer(frame.environment, rubrics[kept[frame.name].number]),
                 graded_on_first(grader),
                 nearest(config),
-                jax.random.fold_in(jax.random.key(config.run.seed), STREAM & 0xFFFFFFFF),
+                jax.random.fold_in(jax.random.key(config.run.seed), STREAM),
             )
             rehearsal_rounds.run(config.upgrade.writing, list(kept.values()), tools)
             for each in kept.values():

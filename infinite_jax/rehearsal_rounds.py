@@ -230,10 +230,10 @@ def _answer(config: RehearsalConfig, written: list[Written], tools: Tools, key: 
     asked = [rehearsed.row(each.kept.frame, each.text)["messages"] for each in written]
     answered = tools.m0.answer(asked, key)
     # replies as answers, or as they are where the rubric needs none: each against each is then a column
-    choices = []
-    for each, replies in zip(written, answered):
+    choices, by_answer = [], [tools.needs_answer(each.kept.frame) for each in written]
+    for each, replies, needed in zip(written, answered, by_answer):
         frame = each.kept.frame
-        if tools.needs_answer(frame):
+        if needed:
             read = [majority.candidate(frame.environment, reply.text) if reply.ended else None for reply in replies]
             choices.append(majority.distinct(read))
         else:
@@ -246,16 +246,11 @@ def _answer(config: RehearsalConfig, written: list[Written], tools: Tools, key: 
             rows += [row] * len(replies)
             texts += [reply.text if reply.ended else "" for reply in replies]  # cut off: it says nothing
     grade_B, at = tools.grade(domain_B, rows, texts), 0
-    for each, replies, answers in zip(written, answered, choices):
+    for each, replies, answers, needed in zip(written, answered, choices, by_answer):
         grade_AN = grade_B[at : at + len(answers) * len(replies)].reshape(len(answers), len(replies))
         at += grade_AN.size
-        by_rubric = not tools.needs_answer(each.kept.frame)
-        _keep(
-            config,
-            each,
-            _judged(replies, grade_AN[0]) if by_rubric else majority.majority(answers, grade_AN),
-            by_rubric,
-        )
+        found = majority.majority(answers, grade_AN) if needed else _judged(replies, grade_AN[0])
+        _keep(config, each, found, by_rubric=not needed)
 
 
 def _judged(replies: Sequence, grade_N: np.ndarray) -> majority.Majority:

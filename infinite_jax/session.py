@@ -201,7 +201,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     triage = exchange.replicated(mesh, triage)
     train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, offload)
     watching = None
-    if config.upgrade.active:  # on the host: every process holds it whole, and a checkpoint of it belongs to no mesh
+    if upgraded is not None:  # on the host: every process holds it whole, and a checkpoint of it belongs to no mesh
         watching = jax.device_get(monitor.init(config.upgrade.monitor, len(names)))
     state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64), watching)
     hashes = _data_hashes(names, train, test)

@@ -26,10 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--approve: takes no key=value; leave out {' '.join(given.overrides)}")
         if not given.approve and (given.by or given.why):
             raise ValueError("--by, --why: of an approval: name the halted run with --approve RUN_DIR")
-    if given.approve:
-        with cli.bad_input():
+        if given.approve:
             print(rollback.approve(given.approve, given.by, given.why))
-        return cli.DONE
+            return cli.DONE
     given.overrides = [*given.overrides, "upgrade.active=true"]
     return train.begin(given)
 
