@@ -21,23 +21,21 @@ TABLE = (
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> list[str]:
+def setting(small_run, tmp_path_factory) -> list[str]:
     """Two priors, one of them without prompts, and a new domain; graders that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "checksum.py").write_text(
+    (folder / "by_answer.py").write_text(
         "import zlib\n\n\ndef grade(reply, answer, meta):\n    return 1 + zlib.crc32((reply + answer).encode()) % 4\n"
     )
-    save_small_model(folder)
-    (folder / "small.yaml").write_text(
-        f"defaults: [config, _self_]\nmodel: {{path: {folder / 'model'}}}\n"
-        + TABLE.format(grader=f"environment: {folder / 'checksum.py'}")
+    text = (
+        TABLE.format(grader=f"environment: {folder / 'by_answer.py'}")
         + "run: {steps: 4, eval_every: 2, checkpoint_every: 2, keep_last: 9}\n"
         "algorithm: {prompts: 10, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01,\n"
         "  kl_coef: 0.1, kl_type: loss}\n"
         "eval: {batch: 16, prompts: 5}\ncurriculum: {single_every: 3}\nrubric: {workers: 1}\n"
         "contamination: {stages: [exact]}\nupgrade: {ramp_steps: 4}\n"
     )
-    return ["--config-dir", str(folder), "--config-name", "small"]
+    return small_run(folder, text)
 
 
 @pytest.fixture(scope="module")

@@ -37,3 +37,19 @@ def save_small_model() -> Callable[..., None]:
         )
 
     return save
+
+
+@pytest.fixture(scope="session")
+def small_run(save_small_model) -> Callable[..., list[str]]:
+    """write(folder, text): arguments of a run of the small model whose other settings are the YAML `text`, in which
+    GRADER stands for the domain's key and value of the grader beside the model. Further arguments: the defaults, the
+    model's own settings, changes of its LlamaConfig."""
+
+    def write(folder: Path, text: str, defaults: str = "[config, _self_]", model: str = "", **changes) -> list[str]:
+        save_small_model(folder, **changes)
+        text = text.replace("GRADER", f"environment: {folder / 'checksum.py'}")
+        head = f"defaults: {defaults}\nmodel: {{path: {folder / 'model'}{model}}}\n"
+        (folder / "small.yaml").write_text(head + text)
+        return ["--config-dir", str(folder), "--config-name", "small"]
+
+    return write

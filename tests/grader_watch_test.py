@@ -26,15 +26,12 @@ def lucky(reply: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def run(save_small_model, tmp_path_factory) -> Path:
+def run(small_run, tmp_path_factory) -> Path:
     """Two steps of a policy of 17,000 parameters under a grader that passes everything; shapes as in train_test.py."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "lucky.py").write_text(ALWAYS)
     (folder / "luck.yaml").write_text(RUBRIC)
-    save_small_model(folder)
-    (folder / "small.yaml").write_text(
-        "defaults: [config, _self_]\n"
-        f"model: {{path: {folder / 'model'}}}\n"
+    text = (
         "domains:\n"
         f"  - {{name: copy, train: 'gen:copy,size=20', test: 'gen:copy,split=test,size=5', "
         f"rubric: {folder / 'luck.yaml'}}}\n"
@@ -47,7 +44,7 @@ def run(save_small_model, tmp_path_factory) -> Path:
         f"curriculum: {{beta: {BETA}, acc_start: 0.9}}\n"
         "rubric: {workers: 1}\n"
     )
-    assert train.main(["--config-dir", str(folder), "--config-name", "small", f"run.dir={folder / 'run'}"]) == 0
+    assert train.main([*small_run(folder, text), f"run.dir={folder / 'run'}"]) == 0
     return folder / "run"
 
 

@@ -274,23 +274,20 @@ def test_a_critics_head_reads_the_policy_with_its_adapters():
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> list[str]:
+def setting(small_run, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds, graded by a checksum of the reply."""
     folder = tmp_path_factory.mktemp("setting")
-    save_small_model(folder)
-    (folder / "small.yaml").write_text(
-        "defaults: [config, _self_]\n"
-        f"model: {{path: {folder / 'model'}, lora: {{rank: 4}}}}\n"
+    text = (
         "domains:\n"
         "  - {name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', "
-        f"environment: {folder / 'checksum.py'}}}\n"
+        "GRADER}\n"
         "run: {steps: 4, eval_every: 2, checkpoint_every: 2, keep_last: 9}\n"
         "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01}\n"
         "eval: {batch: 8}\n"
         "anchors: {each: 0}\n"
         "rubric: {workers: 1}\n"
     )
-    return ["--config-dir", str(folder), "--config-name", "small"]
+    return small_run(folder, text, model=", lora: {rank: 4}")
 
 
 @pytest.fixture(scope="module")

@@ -159,24 +159,20 @@ def run(arguments: list[str], processes: int, devices: int) -> list[Ended]:
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> list[str]:
+def setting(small_run, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds: a policy of 17,000 parameters, one bucket, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    grader = f"environment: {folder / 'checksum.py'}"
-    save_small_model(folder)
-    (folder / "small.yaml").write_text(
-        "defaults: [config, _self_]\n"
-        f"model: {{path: {folder / 'model'}}}\n"
+    text = (
         "domains:\n"
-        f"  - {{name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', {grader}}}\n"
-        f"  - {{name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', {grader}}}\n"
+        "  - {name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', GRADER}\n"
+        "  - {name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', GRADER}\n"
         "run: {steps: 6, eval_every: 2, checkpoint_every: 2, keep_last: 9, check_every: 1}\n"
         "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01}\n"
         "eval: {batch: 8, canary: false}\n"
         "curriculum: {single_every: 3}\n"
         "rubric: {workers: 1}\n"
     )
-    return ["--config-dir", str(folder), "--config-name", "small"]
+    return small_run(folder, text)
 
 
 def timeless(folder: Path) -> list[dict]:

@@ -19,18 +19,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> list[str]:
+def setting(small_run, tmp_path_factory) -> list[str]:
     """A policy of 17,000 parameters with an unembedding of its own, and grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    save_small_model(folder, tie_word_embeddings=False)
-    grader = f"environment: {folder / 'checksum.py'}"
-    (folder / "small.yaml").write_text(
-        "defaults: [config, {override algorithm: ppo}, {override curriculum: uniform}, _self_]\n"
-        f"model: {{path: {folder / 'model'}}}\n"
+    text = (
         "domains:\n"
-        f"  - {{name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', {grader}}}\n"
+        "  - {name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', GRADER}\n"
         "  - {name: seen, test: 'gen:copy,split=test,size=3,seed=1', eval_only: true}\n"
-        f"  - {{name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', {grader}}}\n"
+        "  - {name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=5', GRADER}\n"
         "run: {steps: 4, eval_every: 2, checkpoint_every: 2, keep_last: 9}\n"
         "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, minibatches: 2, "
         "learning_rate: 0.01, critic_learning_rate: 0.01}\n"
@@ -38,7 +34,12 @@ def setting(save_small_model, tmp_path_factory) -> list[str]:
         "anchors: {each: 0}\n"
         "rubric: {workers: 1}\n"
     )
-    return ["--config-dir", str(folder), "--config-name", "small"]
+    return small_run(
+        folder,
+        text,
+        "[config, {override algorithm: ppo}, {override curriculum: uniform}, _self_]",
+        tie_word_embeddings=False,
+    )
 
 
 def timeless(folder: Path) -> list[dict]:

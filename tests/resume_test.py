@@ -17,24 +17,21 @@ ADDED = "- {name: sort, train: 'gen:sort,size=20', test: 'gen:sort,split=test,si
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> Path:
+def setting(small_run, tmp_path_factory) -> Path:
     """A policy of 17,000 parameters, four prompts a step, grades that look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    save_small_model(folder)
-    grader = f"environment: {folder / 'checksum.py'}"
-    (folder / "small.yaml").write_text(
-        "defaults: [config, _self_]\n"
-        f"model: {{path: {folder / 'model'}}}\n"
+    text = (
         "domains:\n"
-        f"  - {{name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', {grader}}}\n"
+        "  - {name: copy, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', GRADER}\n"
         "  - {name: seen, test: 'gen:copy,split=test,size=3,seed=1', eval_only: true}\n"
-        f"  - {{name: add, train: 'gen:add,difficulty=1..2,size=9', test: 'gen:add,split=test,size=5', {grader}}}\n"
+        "  - {name: add, train: 'gen:add,difficulty=1..2,size=9', test: 'gen:add,split=test,size=5', GRADER}\n"
         "run: {steps: 6, eval_every: 2, checkpoint_every: 3, keep_last: 9}\n"
         "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01}\n"
         "eval: {batch: 8, canary: false}\n"
         "curriculum: {single_every: 0}\n"
         "rubric: {workers: 1}\n"
     )
+    small_run(folder, text)
     (folder / "more.yaml").write_text(ADDED)
     return folder
 

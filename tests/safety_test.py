@@ -42,18 +42,14 @@ PRIOR = ("add", "seen")
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> list[str]:
+def setting(small_run, tmp_path_factory) -> list[str]:
     """Arguments of an upgrade of seconds, evaluated after every step; grades look random but are not."""
     folder = tmp_path_factory.mktemp("setting")
-    grader = f"environment: {folder / 'checksum.py'}"
-    save_small_model(folder)
-    (folder / "small.yaml").write_text(
-        "defaults: [config, _self_]\n"
-        f"model: {{path: {folder / 'model'}}}\n"
+    text = (
         "domains:\n"
-        f"  - {{name: copy, new: true, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', {grader}}}\n"
-        f"  - {{name: seen, test: 'gen:copy,split=test,size=8,seed=1', eval_only: true, {grader}}}\n"
-        f"  - {{name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=8', {grader}}}\n"
+        "  - {name: copy, new: true, train: 'gen:copy,size=7', test: 'gen:copy,split=test,size=5', GRADER}\n"
+        "  - {name: seen, test: 'gen:copy,split=test,size=8,seed=1', eval_only: true, GRADER}\n"
+        "  - {name: add, train: 'gen:add,size=50', test: 'gen:add,split=test,size=8', GRADER}\n"
         "run: {steps: 9, eval_every: 1, checkpoint_every: 3, keep_last: 1, keep_best: 0}\n"
         "algorithm: {prompts: 4, group_size: 2, prompt_buckets: [32], max_new_tokens: 4, learning_rate: 0.01, "
         "kl_coef: 0.1}\n"
@@ -61,7 +57,7 @@ def setting(save_small_model, tmp_path_factory) -> list[str]:
         "rubric: {workers: 1}\n"
         "upgrade: {active: true}\n"
     )
-    return ["--config-dir", str(folder), "--config-name", "small"]
+    return small_run(folder, text)
 
 
 class Injured:

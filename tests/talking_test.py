@@ -41,16 +41,11 @@ def quickly():
 
 
 @pytest.fixture(scope="module")
-def setting(save_small_model, tmp_path_factory) -> list[str]:
+def setting(small_run, tmp_path_factory) -> list[str]:
     """Arguments of a run of seconds: a domain of conversations, one of single replies, and a step of each in turn."""
     folder = tmp_path_factory.mktemp("setting")
     (folder / "chatter.py").write_text(CHATTER)
-    save_small_model(folder)
-    ends = json.dumps({"eos_token_id": [261, *range(160, 230)]})  # one token in four, so that turns follow one another
-    (folder / "model" / "generation_config.json").write_text(ends)
-    (folder / "small.yaml").write_text(
-        "defaults: [config, _self_]\n"
-        f"model: {{path: {folder / 'model'}}}\n"
+    text = (
         "domains:\n"
         "  - name: chat\n    train: gen:copy,size=7\n    test: gen:copy,split=test,size=5\n"
         f"    environment: {folder / 'chatter.py'}\n"
@@ -63,7 +58,10 @@ def setting(save_small_model, tmp_path_factory) -> list[str]:
         "curriculum: {single_every: 3}\n"
         "rubric: {workers: 1}\n"
     )
-    return ["--config-dir", str(folder), "--config-name", "small"]
+    arguments = small_run(folder, text)
+    ends = json.dumps({"eos_token_id": [261, *range(160, 230)]})  # one token in four, so that turns follow one another
+    (folder / "model" / "generation_config.json").write_text(ends)
+    return arguments
 
 
 @pytest.fixture(scope="module")
