@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import arguments, attempt, normal, numbers, relative, report, seconds
+from benchmarks.measure import arguments, attempt, normal, numbers, relative, report, seconds_of_each
 from kernels import select
 from kernels.block import Block, Mask
 from kernels.ring_attention import Part, ring_attention
@@ -96,13 +96,24 @@ def errors(attend, head_dim: int, small: int, packed: bool) -> list[float]:
     return [relative(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))]
 
 
-def time_one(attend, head_dim: int, length: int, rows: int, repeats: int, packed: bool, layers: int) -> list[float]:
-    """TFLOP/s forward, forward and backward; milliseconds of both, a layer."""
+def time_each(attentions: dict, head_dim: int, length: int, rows: int, repeats: int, packed: bool, layers: int):
+    """Of each by name: TFLOP/s forward, forward and backward; milliseconds of both, a layer. Or why there are none."""
     given, pairs = inputs(rows, length, head_dim, packed, layers)
-    run, run_both = both_ways(functools.partial(attend, head_dim**-0.5))
-    times = [seconds(lambda f=f: f(*given), repeats) / layers for f in (run, run_both)]
+    runs, why_not = {}, {}
+    for name, attend in attentions.items():
+        ways = [functools.partial(way, *given) for way in both_ways(functools.partial(attend, head_dim**-0.5))]
+        _, why = attempt(lambda: jax.block_until_ready([way() for way in ways]))  # noqa: B023
+        if why:
+            why_not[name] = why
+        else:
+            runs |= {(name, way): run for way, run in enumerate(ways)}
+    times = seconds_of_each(runs, repeats)
     flops = 4 * pairs * HEADS[head_dim][0] * head_dim
-    return [flops * share / t / 1e12 for share, t in zip((1, 3.5), times)] + [1e3 * t for t in times]
+    found = {}
+    for name in attentions.keys() - why_not:
+        both = [times[name, way] / layers for way in (0, 1)]
+        found[name] = [flops * share / t / 1e12 for share, t in zip((1, 3.5), both)] + [1e3 * t for t in both]
+    return found, why_not
 
 
 def contenders(names: list[str]) -> dict:
@@ -166,17 +177,17 @@ def main() -> None:
     for row in rows:
         print(row, flush=True)
     found = sweep_contenders() if given.sweep else contenders(given.blocks.split(","))
-    for packed, (name, attend) in itertools.product((False, True)[: 2 - given.no_packed], found.items()):
-        for D in HEADS:
-            wrong, why = attempt(lambda D=D, a=attend, p=packed: errors(a, D, given.small, p))
-            print(f"{name}, D {D}, {'packed' if packed else 'whole'}: errors {wrong or why}", flush=True)
-            for _, T, number in [case for case in cases if case[0] == D]:
-                measured = None
-                if wrong and (not name.endswith("xla") or numbers(given.xla_most)[0] >= T):
-                    run = functools.partial(time_one, attend, D, T, number, given.repeats, packed, given.layers)
-                    measured, why = attempt(run)
-                kind = "packed" if packed else "whole"
-                row = [kind, D, T, name, *(measured or [None] * 4), *(wrong or [None] * 4), None if measured else why]
+    for packed, D in itertools.product((False, True)[: 2 - given.no_packed], HEADS):
+        kind = "packed" if packed else "whole"
+        wrong = {name: attempt(lambda a=a, D=D, p=packed: errors(a, D, given.small, p)) for name, a in found.items()}
+        print(f"D {D}, {kind}: errors {wrong}", flush=True)
+        right = {name: attend for name, attend in found.items() if wrong[name][0]}
+        rows += [[kind, D, None, name, *[None] * 8, why] for name, (error, why) in wrong.items() if not error]
+        for _, T, number in [case for case in cases if case[0] == D]:
+            timed = {name: a for name, a in right.items() if not name.endswith("xla") or numbers(given.xla_most)[0] >= T}
+            speeds, why_not = time_each(timed, D, T, number, given.repeats, packed, given.layers)
+            for name in timed:
+                row = [kind, D, T, name, *speeds.get(name, [None] * 4), *wrong[name][0], why_not.get(name)]
                 rows.append(row)
                 print(row, flush=True)
     rows.sort(key=lambda row: (row[0] != "whole", row[1] or 0, row[2] or 0))

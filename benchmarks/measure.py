@@ -42,18 +42,25 @@ def numbers(text: str) -> list[int]:
 
 def seconds(run: Callable, repeats: int, least: float = 0.05) -> float:
     """Median seconds of one `run`, which returns arrays; each timing is of as many runs as take `least` seconds."""
-    jax.block_until_ready(run())  # compiles
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    calls = max(1, int(least / max(time.perf_counter() - start, 1e-9)))
-    found = []
-    for _ in range(repeats):
+    return seconds_of_each({"": run}, repeats, least)[""]
+
+
+def seconds_of_each(runs: dict[str, Callable], repeats: int, least: float = 0.05) -> dict[str, float]:
+    """`seconds` of several, timed in turns: what changes with the machine's warmth or load changes for all."""
+    calls, found = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        jax.block_until_ready(run())  # compiles
         start = time.perf_counter()
-        for _ in range(calls):
-            out = run()
-        jax.block_until_ready(out)
-        found.append((time.perf_counter() - start) / calls)
-    return statistics.median(found)
+        jax.block_until_ready(run())
+        calls[name] = max(1, int(least / max(time.perf_counter() - start, 1e-9)))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                out = run()
+            jax.block_until_ready(out)
+            found[name].append((time.perf_counter() - start) / calls[name])
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def attempt(run: Callable):

@@ -14,8 +14,9 @@ tokens. At every later step two of the four products of chunks are seen whole, t
 
 Stacked on the batch they are one call without a causal mask, alike on all devices: no branch, and in sum the work of
 causal attention. The backward pass goes round once more, given the global lse; the gradients of keys and values travel
-with them in float32 and are home after n steps. Left out: skipping a step whose keys lengths, segments or windows hide,
-since another device may need it and all wait for the slowest.
+with them and are home after n steps. The causal attention of a device's own tokens is then two calls, of each chunk to
+itself first and of hi to lo last, so that the first hop and the last have work to hide behind. Left out: skipping a
+step whose keys lengths, segments or windows hide, since another device may need it and all wait for the slowest.
 
 Dimensions: R rows of a part's keys, G = B / R rows of queries for each; C tokens of a chunk.
 """
@@ -147,10 +148,6 @@ def _add(a, b):
     return a.astype(jnp.float32) + b
 
 
-def _float32(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
 class _Keys(NamedTuple):
     """What travels."""
 
@@ -213,17 +210,57 @@ class _Call(NamedTuple):
         def visit(total, keys, step):
             if step:  # the gradients follow their keys; what this step adds does not wait for them
                 total = total[0], *self.passed_on(total[1:])
-            if self.mask.causal and step:
-                found = self.backward_pair(queries, keys, step)
+            if self.mask.causal:
+                found = self.backward_pair(queries, keys, step) if step else self.backward_diagonal(queries, keys)
             else:
                 mask = self.whole(keys, step)
                 found = self.block.backward(queries.q, *keys[:2], *queries[1:], mask, self.scale)
-                found = tuple(map(self.pieces, found))
-            return jax.tree.map(_add, total, found) if step else _float32(found)
+                found = tuple((x,) for x in found)
+            return jax.tree.map(_add, total, found) if step else found
 
-        dq, *d_keys = (jnp.concatenate(x, 1) for x in self.travel(keys, None, visit))
-        # nothing is added after the last hop, and nothing hides it: the sums travel in the dtype they are returned in
-        return dq, *self.passed_on(tuple(x.astype(keys.k.dtype) for x in d_keys))
+        dq, *d_keys = self.travel(keys, None, visit)
+        if self.mask.causal:  # the last hop has what is left of the device's own keys to hide behind
+            d_keys = self.passed_on(tuple(d_keys))
+            added, *to_keys = self.backward_below(queries, keys)
+            dq = dq[0], _add(dq[1], added)
+            d_keys = [(_add(lo, x), hi) for (lo, hi), x in zip(d_keys, to_keys)]
+        d_keys = [jnp.concatenate([piece.astype(keys.k.dtype) for piece in pieces], 1) for pieces in d_keys]
+        if not self.mask.causal:  # nothing to hide behind: the sums travel in the dtype they are returned in
+            d_keys = self.passed_on(d_keys)
+        return jnp.concatenate(dq, 1), *d_keys
+
+    def backward_diagonal(self, queries: _Queries, keys: _Keys):
+        """Gradients of q, k and v as (lo, hi), from the causal attention of each local chunk to itself."""
+
+        def chunks(x, axis: int = 1):  # as rows of their own
+            x = x.reshape(*x.shape[:axis], 2, -1, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x, axis, 1).reshape(-1, *x.shape[1:axis], *x.shape[axis + 1 :])
+
+        def pieces(x):
+            x = x.reshape(-1, 2, *x.shape[1:])
+            return x[:, 0], x[:, 1]
+
+        q, o, do = (chunks(x) for x in (queries.q, queries.o, queries.do))
+        lse, delta = (chunks(x, 2) for x in (queries.lse, queries.delta))
+        lengths = None
+        if self.mask.lengths_B is not None:
+            lengths = jnp.stack(self.chunk_lengths(keys, 0), 1).ravel()
+        segments = self.mask.segments and tuple(map(chunks, self.mask.segments))
+        mask = Mask(True, lengths, segments)
+        return tuple(
+            map(pieces, self.block.backward(q, chunks(keys.k), chunks(keys.v), o, lse, delta, do, mask, self.scale))
+        )
+
+    def backward_below(self, queries: _Queries, keys: _Keys):
+        """Gradients of q hi, k lo and v lo, from the attention of the one to the other, all of it seen."""
+        lo, hi = (lambda x, axis=1, half=half: jnp.split(x, 2, axis)[half] for half in (0, 1))
+        lengths, segments = None, self.mask.segments
+        if self.mask.lengths_B is not None:
+            lengths, _ = self.chunk_lengths(keys, 0)
+        mask = Mask(False, lengths, segments and (hi(segments[0]), lo(segments[1])))
+        q, o, do = (hi(x) for x in (queries.q, queries.o, queries.do))
+        lse, delta = (hi(x, 2) for x in (queries.lse, queries.delta))
+        return self.block.backward(q, lo(keys.k), lo(keys.v), o, lse, delta, do, mask, self.scale)
 
     def backward_pair(self, queries: _Queries, keys: _Keys, step: int):
         """Gradients of q, k and v as (lo, hi)."""
