@@ -184,7 +184,9 @@ def main() -> None:
         right = {name: attend for name, attend in found.items() if wrong[name][0]}
         rows += [[kind, D, None, name, *[None] * 8, why] for name, (error, why) in wrong.items() if not error]
         for _, T, number in [case for case in cases if case[0] == D]:
-            timed = {name: a for name, a in right.items() if not name.endswith("xla") or numbers(given.xla_most)[0] >= T}
+            timed = {
+                name: a for name, a in right.items() if not name.endswith("xla") or numbers(given.xla_most)[0] >= T
+            }
             speeds, why_not = time_each(timed, D, T, number, given.repeats, packed, given.layers)
             for name in timed:
                 row = [kind, D, T, name, *speeds.get(name, [None] * 4), *wrong[name][0], why_not.get(name)]

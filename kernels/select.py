@@ -32,7 +32,10 @@ SUPPORT = {
 }
 DTYPES = {"tpu": ("bfloat16", "float32"), "cudnn": ("bfloat16", "float16"), "mgpu": ("bfloat16", "float16")}
 DTYPES |= {"hopper": DTYPES["mgpu"]}
-HEAD_DIMS = {"mgpu": (64, 128), "hopper": (64, 128)}  # a tile of queries, two of keys and of values fit the shared memory
+HEAD_DIMS = {
+    "mgpu": (64, 128),
+    "hopper": (64, 128),
+}  # a tile of queries, two of keys and of values fit the shared memory
 CUDNN_HEAD_DIM = {"Ampere": 128, "Ada": 128, "Hopper": 256, "Blackwell": 256}  # at most, and a multiple of 8
 
 

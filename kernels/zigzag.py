@@ -1,11 +1,8 @@
 """Zigzag order: how the tokens of a row lie over a ring of n devices so that causal attention costs each the same.
 
 A row is cut into 2n chunks; device r holds chunks r and 2n - 1 - r, its `lo` and `hi`, one early and one late. The same
-permutation goes for tokens, positions, segments, targets and masks; attention itself (kernels/ring_attention.py) asks
-which two of the four products of its chunks with another device's are seen (`Pair`).
+permutation goes for tokens, positions, segments, targets and masks.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,28 +35,3 @@ def inverse(length: int, n: int) -> np.ndarray:
 def chunk_lengths(lengths_B: jax.Array, device: jax.Array, n: int, chunk: int) -> tuple[jax.Array, jax.Array]:
     """How many of a row's first lengths_B[b] tokens are in a device's lo and in its hi, the first ones of each."""
     return tuple(jnp.clip(lengths_B - which * chunk, 0, chunk) for which in (device, 2 * n - 1 - device))
-
-
-class Pair(NamedTuple):
-    """The products of chunks of device `me` with those of `src` != me that causality leaves, both of them whole.
-
-    A = hi x lo, and B = lo x lo where src < me, else hi x hi; stacked on the batch, A first.
-    """
-
-    low: jax.Array  # bool: src < me, so that B is of the lo chunks
-
-    def queries(self, x, axis: int = 1):
-        """hi for A, lo or hi for B; `axis` is the tokens'."""
-        lo, hi = jnp.split(x, 2, axis)
-        return self.stack(hi, lo, hi)
-
-    def keys(self, x, axis: int = 1):
-        lo, hi = jnp.split(x, 2, axis)
-        return self.stack(lo, lo, hi)
-
-    def stack(self, a, lo, hi):
-        return jnp.concatenate([a, jnp.where(self.low, lo, hi)])
-
-    def halves(self, b, nothing: float = 0):
-        """B as what it means to lo and to hi."""
-        return jnp.where(self.low, b, nothing), jnp.where(self.low, nothing, b)

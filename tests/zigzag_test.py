@@ -55,14 +55,10 @@ def test_the_tokens_before_a_rows_end_are_counted_chunk_by_chunk():
         np.testing.assert_array_equal(found, expected)
 
 
-def test_pairs_are_the_products_that_causality_shows_whole():
-    """For each ordered pair of 4 devices: what is stacked is seen by all, what is left out by none."""
-    chunks = np.array([[0, 7], [1, 6], [2, 5], [3, 4]])  # numbers of the chunks that a device holds
+def test_of_another_devices_keys_causality_shows_half_whole():
+    """All queries and its lo, if it comes earlier, else the hi queries and all of its keys."""
+    chunks = zigzag.order(8, 4).reshape(4, 2)  # numbers of the chunks that a device holds, lo and hi
     for me in range(4):
         for src in set(range(4)) - {me}:
-            pair = zigzag.Pair(jnp.asarray(src < me))
-            q, k = pair.queries(jnp.asarray(chunks[me])[None])[:, 0], pair.keys(jnp.asarray(chunks[src])[None])[:, 0]
-            stacked = set(zip(q.tolist(), k.tolist()))
-            assert stacked == {(a, b) for a in chunks[me] for b in chunks[src] if b < a}
-            lo, hi = pair.halves(jnp.float32(5), -1)
-            assert (lo, hi) == ((5, -1) if src < me else (-1, 5))
+            seen = chunks[me][:, None] > chunks[src]
+            assert seen.tolist() == ([[True, False]] * 2 if src < me else [[False] * 2, [True] * 2])
