@@ -69,8 +69,8 @@ def decoder(shape: str, device: jax.Device, remat: str, attention: str = "auto")
 
 
 def mesh(devices, *, data=1, fsdp=1, seq=1, tensor=1) -> tuple[Mesh, Mesh]:
-    """The mesh that trains and the one that samples."""
-    config = meshes.MeshConfig(data, fsdp, seq, tensor, 0, 0, "none")
+    """The mesh that trains and the one that samples, in which a device has all of the model."""
+    config = meshes.MeshConfig(data, fsdp, seq, tensor, 1, 0, "none")
     trains = meshes.make_mesh(config, devices)
     return trains, meshes.make_rollout_mesh(config, trains, devices)
 
