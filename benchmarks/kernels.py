@@ -7,21 +7,28 @@ Blocks run as training runs them, through ring_attention with one device. TFLOP/
 element of it forward, 2.5 times that backward; of packed rows (segments of random length) the pairs within segments.
 Times are of --layers layers of attention one after another, each with its own keys and values, in one program (torch:
 one autograd graph), over their number: as in a model, and with 1 as calls on their own, the way into them included.
-Errors are against dense float32 attention at --small tokens. torch runs first, in a child process, on its own inputs.
---sweep times mgpu with other tiles instead.
+Errors are against dense float32 attention at --small tokens (torch's: float64). --sweep times mgpu with other tiles.
+
+All are timed in turns, case by case and round by round, so that the GPU is as warm for one as for another. torch runs
+in a child process, on inputs of its own, and both processes hold GPU memory at once: jax takes its share at the start,
+and XLA_PYTHON_CLIENT_MEM_FRACTION=.5 leaves torch the other half.
 """
 
+import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import arguments, attempt, normal, numbers, relative, report, seconds_of_each
+from benchmarks.measure import arguments, attempt, enough, in_turns, normal, numbers, relative, report, timer
 from kernels import select
 from kernels.block import Block, Mask
 from kernels.ring_attention import Part, ring_attention
@@ -30,8 +37,15 @@ HEADS = {64: (9, 3), 128: (16, 8)}
 SIZES = {"lengths": "2k,4k,8k,16k,32k", "tokens": "32k", "small": 1024, "blocks": "cudnn,mgpu,xla", "xla-most": "8k"}
 SIZES |= {"layers": 4}
 TINY = {"lengths": "128,256", "tokens": "256", "small": 128, "blocks": "xla"}
-COLUMNS = ["rows", "D", "T", "attention", "fwd TFLOP/s", "fwd+bwd TFLOP/s", "fwd ms", "fwd+bwd ms"]
+COLUMNS = ["rows", "D", "T", "attention", "fwd TFLOP/s", "fwd+bwd TFLOP/s", "fwd ms", "fwd+bwd ms", "over the best"]
 COLUMNS += ["error o", "dq", "dk", "dv", "not run"]
+OURS = "this project"
+LEAST = 0.2  # seconds a timing lasts
+
+
+class Contender(NamedTuple):
+    errors: Callable[[int, int, bool], list[float]]  # of head_dim, small, packed
+    timers: Callable[[int, tuple], list[Callable[[], float]]]  # of head_dim, inputs: forward, forward and backward
 
 
 def ours(block: Block, scale: float, q, k, v, segments):
@@ -96,24 +110,19 @@ def errors(attend, head_dim: int, small: int, packed: bool) -> list[float]:
     return [relative(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))]
 
 
-def time_each(attentions: dict, head_dim: int, length: int, rows: int, repeats: int, packed: bool, layers: int):
-    """Of each by name: TFLOP/s forward, forward and backward; milliseconds of both, a layer. Or why there are none."""
-    given, pairs = inputs(rows, length, head_dim, packed, layers)
-    runs, why_not = {}, {}
-    for name, attend in attentions.items():
-        ways = [functools.partial(way, *given) for way in both_ways(functools.partial(attend, head_dim**-0.5))]
-        _, why = attempt(lambda: jax.block_until_ready([way() for way in ways]))  # noqa: B023
-        if why:
-            why_not[name] = why
-        else:
-            runs |= {(name, way): run for way, run in enumerate(ways)}
-    times = seconds_of_each(runs, repeats)
-    flops = 4 * pairs * HEADS[head_dim][0] * head_dim
-    found = {}
-    for name in attentions.keys() - why_not:
-        both = [times[name, way] / layers for way in (0, 1)]
-        found[name] = [flops * share / t / 1e12 for share, t in zip((1, 3.5), both)] + [1e3 * t for t in both]
-    return found, why_not
+def timers(attend, head_dim: int, given) -> list[Callable[[], float]]:
+    """What times forward once, and what forward and backward."""
+
+    def warm(run):
+        timed = timer(run, LEAST)
+
+        def time_once() -> float:
+            jax.block_until_ready(run())  # untimed: the GPU has to come back from the other process
+            return timed()
+
+        return time_once
+
+    return [warm(functools.partial(way, *given)) for way in both_ways(functools.partial(attend, head_dim**-0.5))]
 
 
 def contenders(names: list[str]) -> dict:
@@ -126,7 +135,7 @@ def contenders(names: list[str]) -> dict:
         except ValueError as error:
             print(error)
             continue
-        found[f"this project, {name}"] = functools.partial(ours, select.block(name))
+        found[f"{OURS}, {name}"] = functools.partial(ours, select.block(name))
     return found | {"jax.nn cudnn": jax_cudnn}
 
 
@@ -153,13 +162,83 @@ def sweep_contenders() -> dict:
     return {f"mgpu {tuple(sizes)}": functools.partial(ours, sized(sizes)) for sizes in tiles}
 
 
-def torch_rows(cases, repeats: int, small: int, layers: int) -> list[list]:
-    """Of benchmarks/kernels_torch.py, in a process of its own: two frameworks share no memory pool."""
-    command = [sys.executable, "-m", "benchmarks.kernels_torch", json.dumps([cases, repeats, small, layers])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return [["whole", None, None, "torch SDPA", *[None] * 8, done.stderr.strip().splitlines()[-1][:160]]]
-    return json.loads(done.stdout.splitlines()[-1])
+class Torch:
+    """benchmarks/kernels_torch.py, which runs in a process of its own: two frameworks share no memory pool."""
+
+    def __init__(self, tiny: bool):
+        if importlib.util.find_spec("torch") is None:
+            raise ModuleNotFoundError("torch is not installed: pip install torch")
+        command = [sys.executable, "-m", "benchmarks.kernels_torch", *["--tiny"] * tiny]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.names = self.ask("names")
+
+    def ask(self, what: str, *arguments):
+        """The result of one request. RuntimeError: why there is none."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the empty line below says so
+            print(json.dumps([what, *arguments]), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"benchmarks.kernels_torch ended, {self.process.wait()}: see what it printed")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def errors(self, name: str, head_dim: int, small: int, packed: bool) -> list[float]:
+        return self.ask("errors", name, HEADS[head_dim], small, head_dim)
+
+    def timers(self, name: str, head_dim: int, given) -> list[Callable[[], float]]:
+        q, *_, layers = given
+        self.ask("prepare", name, q.shape[0], HEADS[head_dim], q.shape[1], head_dim, len(layers))
+        calls = [enough(self.ask("time", name, way, 1), LEAST) for way in (0, 1)]
+        return [functools.partial(self.ask, "time", name, way, number) for way, number in enumerate(calls)]
+
+
+def time_each(found: dict[str, Contender], torch: Torch | None, length: int, head_dim: int, packed: bool, of):
+    """Of each by name: TFLOP/s forward, forward and backward; milliseconds of both, a layer. Or why there are none.
+
+    of: the command line. torch: whose memory is given back, or None.
+    """
+    given, pairs = inputs(max(1, numbers(of.tokens)[0] // length), length, head_dim, packed, of.layers)
+    made = {name: attempt(functools.partial(one.timers, head_dim, given)) for name, one in found.items()}
+    why_not = {name: why for name, (_, why) in made.items() if why}
+    ready = {name: both for name, (both, why) in made.items() if not why}
+    ways = [{name: both[way] for name, both in ready.items()} for way in (0, 1)]
+    times, why = attempt(lambda: [in_turns(way, of.repeats) for way in ways])
+    if torch:
+        attempt(lambda: torch.ask("forget"))
+    if why:
+        return {}, why_not | dict.fromkeys(ready, why)
+    flops, speeds = 4 * pairs * HEADS[head_dim][0] * head_dim, {}
+    for name in ready:
+        both = [way[name] / of.layers for way in times]
+        speeds[name] = [flops * share / t / 1e12 for share, t in zip((1, 3.5), both)] + [1e3 * t for t in both]
+    return speeds, why_not
+
+
+def over_the_best(speeds: dict[str, list[float]]) -> dict[str, float]:
+    """Of each of this project's: its speed forward and backward, over the best of torch and jax.nn."""
+    ours = {name: speed[1] for name, speed in speeds.items() if name.startswith(OURS)}
+    best = max((speed[1] for name, speed in speeds.items() if name not in ours), default=None)
+    return {name: speed / best for name, speed in ours.items()} if best else {}
+
+
+def rows_of(found: dict[str, Contender], torch: Torch | None, head_dim: int, packed: bool, of) -> list[list]:
+    """Of all lengths. of, torch: as of time_each."""
+    kind = "packed" if packed else "whole"
+    wrong = {name: attempt(functools.partial(one.errors, head_dim, of.small, packed)) for name, one in found.items()}
+    print(f"D {head_dim}, {kind}: errors {wrong}", flush=True)
+    right = {name: one for name, one in found.items() if wrong[name][0]}
+    rows = [[kind, head_dim, None, name, *[None] * 9, why] for name, (error, why) in wrong.items() if not error]
+    for T in numbers(of.lengths):
+        timed = {name: one for name, one in right.items() if not name.endswith("xla") or numbers(of.xla_most)[0] >= T}
+        speeds, why_not = time_each(timed, torch, T, head_dim, packed, of)
+        over = over_the_best(speeds)
+        for name in timed:
+            speed = speeds.get(name, [None] * 4)
+            rows.append([kind, head_dim, T, name, *speed, over.get(name), *wrong[name][0], why_not.get(name)])
+            print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
@@ -169,29 +248,17 @@ def main() -> None:
         parser.add_argument("--sweep", action="store_true", help="times mgpu with other tiles, and nothing else")
 
     given = arguments("benchmarks.kernels", __doc__, SIZES, TINY, also)
-    tokens = numbers(given.tokens)[0]
-    cases = [(D, T, max(1, tokens // T)) for D, T in itertools.product(HEADS, numbers(given.lengths))]
-    rows = []
+    rows, torch, why = [], None, None
     if not (given.no_torch or given.sweep):
-        rows = torch_rows([(*case, HEADS[case[0]]) for case in cases], 5, given.small, given.layers)
-    for row in rows:
-        print(row, flush=True)
-    found = sweep_contenders() if given.sweep else contenders(given.blocks.split(","))
+        torch, why = attempt(lambda: Torch(given.tiny))
+        rows += [["whole", None, None, "torch SDPA", *[None] * 9, why]] if why else []
+    of_jax = sweep_contenders() if given.sweep else contenders(given.blocks.split(","))
+    bind, names = functools.partial, torch.names if torch else []
+    found = {name: Contender(bind(errors, attend), bind(timers, attend)) for name, attend in of_jax.items()}
+    theirs = {name: Contender(bind(torch.errors, name), bind(torch.timers, name)) for name in names}
     for packed, D in itertools.product((False, True)[: 2 - given.no_packed], HEADS):
-        kind = "packed" if packed else "whole"
-        wrong = {name: attempt(lambda a=a, D=D, p=packed: errors(a, D, given.small, p)) for name, a in found.items()}
-        print(f"D {D}, {kind}: errors {wrong}", flush=True)
-        right = {name: attend for name, attend in found.items() if wrong[name][0]}
-        rows += [[kind, D, None, name, *[None] * 8, why] for name, (error, why) in wrong.items() if not error]
-        for _, T, number in [case for case in cases if case[0] == D]:
-            timed = {
-                name: a for name, a in right.items() if not name.endswith("xla") or numbers(given.xla_most)[0] >= T
-            }
-            speeds, why_not = time_each(timed, D, T, number, given.repeats, packed, given.layers)
-            for name in timed:
-                row = [kind, D, T, name, *speeds.get(name, [None] * 4), *wrong[name][0], why_not.get(name)]
-                rows.append(row)
-                print(row, flush=True)
+        # of torch there are whole rows only
+        rows += rows_of(found, None, D, True, given) if packed else rows_of(theirs | found, torch, D, False, given)
     rows.sort(key=lambda row: (row[0] != "whole", row[1] or 0, row[2] or 0))
     report(given, {}, COLUMNS, [row for row in rows if row[4] is not None or row[-1]])
 

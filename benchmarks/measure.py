@@ -1,6 +1,7 @@
 """What the GPU benchmarks share: timing, tables, and one JSON file with everything that was measured."""
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import statistics
@@ -42,24 +43,40 @@ def numbers(text: str) -> list[int]:
 
 def seconds(run: Callable, repeats: int, least: float = 0.05) -> float:
     """Median seconds of one `run`, which returns arrays; each timing is of as many runs as take `least` seconds."""
-    return seconds_of_each({"": run}, repeats, least)[""]
+    return in_turns({"": timer(run, least)}, repeats)[""]
 
 
-def seconds_of_each(runs: dict[str, Callable], repeats: int, least: float = 0.05) -> dict[str, float]:
-    """`seconds` of several, timed in turns: what changes with the machine's warmth or load changes for all."""
-    calls, found = {}, {name: [] for name in runs}
-    for name, run in runs.items():
-        jax.block_until_ready(run())  # compiles
+def timer(run: Callable, least: float) -> Callable[[], float]:
+    """Compiles `run`, which returns arrays. Gives one timing: the seconds of a run, of as many as take `least`."""
+
+    def timed(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(run())
-        calls[name] = max(1, int(least / max(time.perf_counter() - start, 1e-9)))
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                out = run()
-            jax.block_until_ready(out)
-            found[name].append((time.perf_counter() - start) / calls[name])
+        for _ in range(calls):
+            out = run()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / calls
+
+    timed(1)  # compiles
+    return functools.partial(timed, enough(timed(1), least))
+
+
+def enough(once: float, least: float) -> int:
+    """Runs of `once` seconds each that take `least` seconds together."""
+    return max(1, int(least / max(once, 1e-9)))
+
+
+def in_turns(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median of each over `repeats` rounds of all: what changes with the machine's warmth or load changes for all.
+
+    A round goes 0, 1, -1, 2, -2, ..., one further on each time, and of an odd number every other round backwards. In as
+    many rounds as there are timers (odd: twice that) each follows every other equally often (E. J. Williams, 1949).
+    """
+    names, found = list(timers), {name: [] for name in timers}
+    steps = [(i + 1) // 2 if i % 2 else -i // 2 for i in range(len(names))]
+    for turn in range(repeats):
+        for step in steps[:: -1 if len(names) % 2 and turn % 2 else 1]:
+            name = names[(turn + step) % len(names)]
+            found[name].append(timers[name]())
     return {name: statistics.median(times) for name, times in found.items()}
 
 
