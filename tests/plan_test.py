@@ -202,6 +202,15 @@ def test_a_compiled_loop_is_counted_whole():
     assert found.flops == 5 * 2 * 8 * 16 * 16 and found.collectives == [] and found.unknown_loops == 0
 
 
+def test_of_branches_the_dearest_counts():
+    def step(x, w, which):
+        return jax.lax.cond(which, lambda: x @ w, lambda: jnp.pad(x[:8] @ w, ((0, 24), (0, 0))))
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 64), (64, 64))]
+    text = jax.jit(step).lower(*shapes, jax.ShapeDtypeStruct((), bool)).compile().as_text()
+    assert "conditional(" in text and counts.count(text, 1).flops == 2 * 32 * 64 * 64
+
+
 def test_what_a_refused_program_asked_for_is_read():
     text = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.04G) exceeds"

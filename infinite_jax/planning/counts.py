@@ -1,7 +1,7 @@
 """What one run of a compiled program does on one device: operations, bytes of HBM, collectives.
 
-Loops are multiplied out. The compiler's own cost analysis counts a loop's body once; with layers scanned that is a
-small part of a step. Counted here, from the scheduled program:
+Loops are multiplied out, of branches the dearest counts. The compiler's own cost analysis counts a loop's body once;
+with layers scanned that is a small part of a step. Counted here, from the scheduled program:
 
     flops        2 x multiply-adds of matrix products and convolutions, positions in padding left out; what a kernel or
                  library call says of itself. Element-wise work is left out: it runs beside and seldom bounds.
@@ -10,6 +10,7 @@ small part of a step. Counted here, from the scheduled program:
     collectives  planning/collectives.py
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -59,8 +60,18 @@ def _scheduled(module: Module, name: str, times: int, unknown: list[int]) -> Ite
         elif instruction.opcode in ("call", "call-start"):
             yield from _scheduled(module, instruction.called("to_apply"), times, unknown)
         elif instruction.opcode == "conditional":
-            for branch in _branches(instruction):
-                yield from _scheduled(module, branch, times, unknown)
+            dearest = max(_branches(instruction), key=functools.partial(_work, module))
+            yield from _scheduled(module, dearest, times, unknown)
+
+
+def _work(module: Module, name: str) -> tuple[float, float]:
+    """Operations and bytes of HBM of a computation and all that it calls."""
+    steps = [
+        (times * _flops(module, computation, each), times * _moved(module, computation, each))
+        for computation, times in _scheduled(module, name, 1, [0])
+        for each in computation.instructions.values()
+    ]
+    return sum(flops for flops, _ in steps), sum(moved for _, moved in steps)
 
 
 def _branches(instruction: Instruction) -> list[str]:
