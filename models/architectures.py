@@ -78,8 +78,8 @@ class DecoderConfig:
 def unrolls(platform: str) -> bool:
     """DecoderConfig.unrolled on a platform of jax.
 
-    On GPUs every decoded token would copy each layer's weights out of the stack. TPUs read them where they lie, and a
-    CPU would take twice the time to compile.
+    On GPUs every decoded token would copy each layer's weights out of the stack. TPUs read them where they lie; what
+    CPUs run is small and would mostly take longer to compile.
     """
     return platform == "gpu"
 

@@ -52,9 +52,11 @@ def apart(config: DecoderConfig, params: dict) -> dict:
 
 
 def sampled(config: DecoderConfig, params: dict) -> dict:
-    """The parameters as sampling reads them: cast, and apart where config.unrolled. What is both stays as it is."""
-    params = cast(config, params)
-    return apart(config, params) if config.unrolled else params
+    """The parameters as sampling reads them: cast, and apart where config.unrolled. What is both stays as it is.
+
+    Apart first: compiled, each layer is then cast on its way out of the stack, and there is no stack of both dtypes.
+    """
+    return cast(config, apart(config, params) if config.unrolled else params)
 
 
 def sampled_axes(config: DecoderConfig) -> dict:
