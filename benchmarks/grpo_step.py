@@ -25,7 +25,7 @@ from infinite_jax.score import Scorer
 from infinite_jax.types import Rollout, TrainState
 from kernels import select
 from models import policy, shapes
-from models.architectures import DecoderConfig
+from models.architectures import DecoderConfig, unrolls
 from rubric.evaluator import Grades
 from sharding import mesh as meshes
 from sharding.rules import tree_shardings
@@ -65,7 +65,8 @@ def decoder(shape: str, device: jax.Device, remat: str, attention: str = "auto")
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     sizes = {"head_dim": found.head_dim, "dtype": dtype, "windows": any(found.windows), "packed": False}
     chosen = select.choose(attention, device.platform, device.device_kind, **sizes)
-    return dataclasses.replace(found, dtype=dtype, remat=remat, attention=chosen)
+    own = {"dtype": dtype, "attention": chosen, "unrolled": unrolls(device.platform)}
+    return dataclasses.replace(found, remat=remat, **own)
 
 
 def mesh(devices, *, data=1, fsdp=1, seq=1, tensor=1) -> tuple[Mesh, Mesh]:

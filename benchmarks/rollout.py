@@ -7,6 +7,7 @@ accelerator. The roofline counts, for each decoding step, one reading of the wei
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 
@@ -17,7 +18,7 @@ from transformers import LlamaConfig
 
 from infinite_jax.rollout import Sampling, generate
 from models import policy
-from models.architectures import from_hf
+from models.architectures import from_hf, unrolls
 
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152,
@@ -103,7 +104,7 @@ def main() -> None:
     work = (given.prompt, given.new, given.repeats)
     config = from_hf(SMOLLM2_135M)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config = type(config)(**(vars(config) | {"dtype": dtype}))
+    config = dataclasses.replace(config, dtype=dtype, unrolled=unrolls(jax.default_backend()))
     params = policy.init(config, jax.random.key(0))
     tokens = given.rows * given.new
     rows = [

@@ -258,13 +258,13 @@ def _padded(added: dict[int, list[int]], rows: int, sampling: Sampling) -> tuple
 
 
 def _as_read(decoder: DecoderConfig, params):
-    """The parameters in the dtypes that decoding reads, so that no turn casts them again."""
-    wanted = jax.eval_shape(functools.partial(policy.cast, decoder), params)
-    same = jax.tree.all(jax.tree.map(lambda x, y: x.dtype == y.dtype, params, wanted))
-    return params if same else _cast(decoder, params)
+    """The parameters in the dtypes and arrays that decoding reads, so that no turn makes them again."""
+    wanted = jax.eval_shape(functools.partial(policy.sampled, decoder), params)
+    dtypes = functools.partial(jax.tree.map, lambda x: x.dtype)
+    return params if dtypes(params) == dtypes(wanted) else _sampled(decoder, params)
 
 
-_cast = jax.jit(policy.cast, static_argnums=0)
+_sampled = jax.jit(policy.sampled, static_argnums=0)
 
 
 def _laid_out(sampling: Sampling, prompt_PT, length_P, lines: Sequence[_Line], rows: turns.Rows) -> Generated:

@@ -28,7 +28,7 @@ from infinite_jax.planning.programs import Program
 from infinite_jax.planning.roofline import rollout_work, roofline, train_work
 from kernels import select
 from models import source
-from models.architectures import DecoderConfig
+from models.architectures import DecoderConfig, unrolls
 from sharding.mesh import axis_sizes, make_mesh, make_rollout_mesh, with_sizes
 
 TRIES = 3  # compilations spent on one question
@@ -118,7 +118,7 @@ def network(config: Config, chip: Chip) -> DecoderConfig:
     dtype = "bfloat16" if model.dtype == "auto" else model.dtype
     wanted = {"head_dim": decoder.head_dim, "dtype": dtype, "windows": any(decoder.windows), "packed": False}
     attention = select.choose(model.attention, chip.platform, chip.kind, **wanted)
-    return dataclasses.replace(decoder, dtype=dtype, attention=attention)
+    return dataclasses.replace(decoder, dtype=dtype, attention=attention, unrolled=unrolls(chip.platform))
 
 
 def sized(config: Config, decoder: DecoderConfig, chip: Chip, devices: int) -> tuple[Config, str]:

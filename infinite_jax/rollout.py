@@ -68,11 +68,11 @@ def choose(logits_NV: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[ja
 
 
 def sync(config: DecoderConfig, params, mesh: Mesh):
-    """The parameters as `generate` reads them most cheaply, on the rollout's mesh: cast, split over `tensor` alone.
+    """The parameters as `generate` reads them most cheaply, on the rollout's mesh: policy.sampled, split over `tensor`.
 
     `params` themselves where they lie on that mesh, nothing is split otherwise and they hold no adapters, which are
-    merged here: `generate` casts. The copy lives as long as it is sampled from. Left out: a transfer a layer at a time,
-    beside what still computes.
+    merged here: `generate` does the rest. The copy lives as long as it is sampled from. Left out: a transfer a layer at
+    a time, beside what still computes.
     """
     here = jax.tree.leaves(params)[0].sharding.mesh
     if here == mesh and mesh.shape["fsdp"] * mesh.shape["seq"] == 1 and not lora.adapted(params):
@@ -88,13 +88,14 @@ def _cast(config: DecoderConfig, here: Mesh, there: Mesh):
 
     def cast(params):
         merged = lora.merge(config, params)
-        return jax.lax.with_sharding_constraint(policy.cast(config, merged), _placement(config, here))
+        return jax.lax.with_sharding_constraint(policy.sampled(config, merged), _placement(config, here))
 
     return jax.jit(cast, out_shardings=_placement(config, there))
 
 
 def _placement(config: DecoderConfig, mesh: Mesh):
-    return tree_shardings(mesh, policy.logical_axes(config), policy.abstract_params(config))
+    shapes = jax.eval_shape(lambda params: policy.sampled(config, params), policy.abstract_params(config))
+    return tree_shardings(mesh, policy.sampled_axes(config), shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
@@ -104,6 +105,7 @@ def generate(
     """Samples group_size completions of each prompt. The key is consumed: step t draws with fold_in(key, t).
 
     Args:
+      params: as `sync` gives them.
       prompt_PT: i32, left-aligned, padded with pad_id.
       length_P: i32 >= 1, tokens of each prompt.
 
@@ -113,7 +115,7 @@ def generate(
     chex.assert_rank([prompt_PT, length_P], [2, 1])
     if shards("seq") > 1:
         raise ValueError("generate: rows are whole in decoding: set a mesh with seq=1, such as make_rollout_mesh gives")
-    params = policy.cast(config, params)
+    params = policy.sampled(config, params)
     repeats = copies(len(prompt_PT), len(prompt_PT) * sampling.group_size)
     prompt_PT, length_P = (jnp.repeat(x, repeats, axis=0) for x in (prompt_PT, length_P))
     sampling = sampling._replace(group_size=sampling.group_size // repeats)

@@ -30,7 +30,7 @@ from sharding.rules import constrain, shards
 class Context(NamedTuple):
     """What a batch of conversations begins with; read, never written."""
 
-    params: dict  # in the dtypes that decoding reads
+    params: dict  # in the dtypes and arrays that decoding reads
     prefix: Cache  # of the prompts, [L, P, K, T, D]
     ahead_P: jax.Array  # i32, tokens of each prompt before its last
     key: jax.Array

@@ -71,7 +71,17 @@ class DecoderConfig:
     dtype: str  # of matrix products and activations: float32 or bfloat16
     remat: str  # what the backward pass recomputes: none; dots: all but weight products, attention; full: all
     attention: str  # kernel of training and prefill: xla, tpu, cudnn or mgpu (kernels/select.py)
+    unrolled: bool  # sampling reads each layer's weights as arrays of their own (models/policy.py: apart)
     lora: LoraConfig | None  # what learns; None = all of it. Says nothing of parameters without adapters
+
+
+def unrolls(platform: str) -> bool:
+    """DecoderConfig.unrolled on a platform of jax.
+
+    On GPUs every decoded token would copy each layer's weights out of the stack. TPUs read them where they lie; what
+    CPUs run is small and would mostly take longer to compile.
+    """
+    return platform == "gpu"
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -121,7 +131,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 def from_hf(hf_config: transformers.PretrainedConfig) -> DecoderConfig:
     """The hyper-parameters of a config as AutoConfig returns it, whatever its age; dtype float32, remat none, attention
-    xla.
+    xla, not unrolled.
 
     Raises ValueError for a model type, rotary scaling, activation or option that the decoder does not have.
     """
@@ -164,6 +174,7 @@ def from_hf(hf_config: transformers.PretrainedConfig) -> DecoderConfig:
         dtype="float32",
         remat="none",
         attention="xla",
+        unrolled=False,
         lora=None,
     )
 

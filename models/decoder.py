@@ -5,7 +5,9 @@
 Matrix products run in `config.dtype` with float32 accumulation; norms, rotary angles, softmax and logits are float32.
 Parameters may be stored in another dtype and are cast where they are used; what is split over fsdp and seq is gathered
 there, a layer at a time, and its gradient scattered. All layers are one `nn.scan`: their parameters are stacked on axis
-0, which keeps compilation time independent of depth.
+0, which keeps compilation time independent of depth. Parameters may hold `layers_0`, `layers_1`, ... in place of
+`layers`, each without the leading L: then there is no scan, which makes decoding faster on GPUs (models/policy.py:
+apart) and compilation longer with every layer, 13 s in place of 6 for the sampling of 24 layers on an H200.
 
 Dimensions beyond infinite_jax/types.py: Q = H / K query heads of one key/value head, S = Q + 2, C completion slots.
 Parameters: embed [V, E], final_norm [E], head [E, V] unless tied, and `layers`, in which each has a leading L:
@@ -23,10 +25,12 @@ dropout, biases beside qkv.
 
 import dataclasses
 import functools
+import operator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import select
 from kernels.block import Mask
@@ -129,7 +133,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned Blocks, final norm."""
+    """Embedding, Blocks, final norm."""
 
     config: DecoderConfig
 
@@ -141,22 +145,38 @@ class Decoder(nn.Module):
         if not c.tied_embeddings:
             _param(self, "head", (c.embed_dim, c.vocab_size), ("embed", "vocab"))  # read by `unembed`
         hidden = lookup(embed, tokens, c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
-        layers = nn.scan(
-            _recomputed(c.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, keep, name="layers")
-        layer = Layer(jnp.arange(c.num_layers), jnp.array(c.windows, jnp.int32), prefix)
-        (hidden, cache), kv = layers((_constrain_hidden(hidden), cache), layer, shared)
+        layer = Layer(np.arange(c.num_layers, dtype=np.int32), np.array(c.windows, np.int32), prefix)
+        layers = self.one_by_one if self.has_variable("params", "layers_0") else self.scanned
+        (hidden, cache), kv = layers(keep, (_constrain_hidden(hidden), cache), layer, shared)
         norm = _norm_param(self, "final_norm", c.embed_dim)
         return rms_norm(hidden, norm, c).astype(c.dtype), kv if keep else cache
 
+    def scanned(self, keep: bool, carry, layer: Layer, shared: Shared):
+        """The layers in one loop, over stacked parameters."""
+        return nn.scan(
+            _recomputed(self.config.remat, looped=True),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.config, keep, name="layers")(carry, layer, shared)
 
-def _recomputed(remat: str) -> type[nn.Module]:
-    """Block that keeps for its backward pass what `remat` says; nowhere the parameters that it gathered."""
+    def one_by_one(self, keep: bool, carry, layer: Layer, shared: Shared):
+        """The same without a loop, over parameters of which each layer has its own."""
+        kept, block = [], _recomputed(self.config.remat, looped=False)
+        for i in range(self.config.num_layers):
+            own = jax.tree.map(operator.itemgetter(i), layer)
+            carry, kv = block(self.config, keep, name=f"layers_{i}")(carry, own, shared)
+            kept.append(kv)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *kept) if keep else None
+
+
+def _recomputed(remat: str, looped: bool) -> type[nn.Module]:
+    """Block that keeps for its backward pass what `remat` says; nowhere the parameters that it gathered.
+
+    looped: the layers are a loop's iterations; else the compiler must be kept from merging what is computed twice.
+    """
     policies = jax.checkpoint_policies
     match remat:
         case "none" if shards("fsdp") * shards("seq") == 1:
@@ -168,7 +188,7 @@ def _recomputed(remat: str) -> type[nn.Module]:
             keep = policies.save_from_both_policies(weights, policies.save_only_these_names(*KEPT))
         case _:
             keep = None
-    return nn.remat(Block, policy=keep, prevent_cse=False)
+    return nn.remat(Block, policy=keep, prevent_cse=not looped)
 
 
 def _but_gathered(primitive, *_, **__) -> bool:

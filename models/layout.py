@@ -23,10 +23,10 @@ from sharding.rules import shards, split
 
 
 class Layer(NamedTuple):
-    """What differs from layer to layer; scanned."""
+    """What differs from layer to layer, stacked; of one layer without L."""
 
-    number: jax.Array  # i32[L]
-    window: jax.Array  # i32[L], 0 = none
+    number: jax.Array | np.ndarray  # i32[L]
+    window: jax.Array | np.ndarray  # i32[L], 0 = none
     prefix: Cache | None  # the prompts', only in decoding and behind a prompt
 
 

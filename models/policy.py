@@ -20,8 +20,8 @@ from models.head import token_logp, unembed
 from models.layout import own_mask, positions, prompt_mask, share
 
 __all__ = [
-    "abstract_params", "append", "cast", "decode", "empty_cache", "extend", "hidden", "init", "logical_axes", "logits",
-    "prefill", "token_logp", "unembed",
+    "abstract_params", "apart", "append", "cast", "decode", "empty_cache", "extend", "hidden", "init", "logical_axes",
+    "logits", "prefill", "sampled", "sampled_axes", "token_logp", "unembed",
 ]  # fmt: skip
 
 
@@ -35,6 +35,37 @@ def cast(config: DecoderConfig, params: dict) -> dict:
         return leaf if path[-1].key.endswith("norm") else leaf.astype(config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def apart(config: DecoderConfig, params: dict) -> dict:
+    """`layers_0`, `layers_1`, ... in place of `layers`: each layer's parameters as arrays of their own.
+
+    For a decoding loop on GPUs: in a loop over a stack, XLA copies each layer's weights out of it for every token. To
+    be done before the decoding loop; slices of the stack within it are no better. What is apart stays as it is.
+    """
+    if "layers" not in params:
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return rest | {
+        f"layers_{i}": {name: leaf[i] for name, leaf in params["layers"].items()} for i in range(config.num_layers)
+    }
+
+
+def sampled(config: DecoderConfig, params: dict) -> dict:
+    """The parameters as sampling reads them: cast, and apart where config.unrolled. What is both stays as it is.
+
+    Apart first: compiled, each layer is then cast on its way out of the stack, and there is no stack of both dtypes.
+    """
+    return cast(config, apart(config, params) if config.unrolled else params)
+
+
+def sampled_axes(config: DecoderConfig) -> dict:
+    """`logical_axes` of what `sampled` returns."""
+    axes = logical_axes(config)
+    if not config.unrolled:
+        return axes
+    own = {name: names[1:] for name, names in axes.pop("layers").items()}
+    return axes | {f"layers_{i}": own for i in range(config.num_layers)}
 
 
 def hidden(

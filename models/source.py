@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kernels import select
 from models import gguf, hf, shapes, tokenizer
-from models.architectures import DecoderConfig, LoraConfig
+from models.architectures import DecoderConfig, LoraConfig, unrolls
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -62,7 +62,14 @@ def _set(config: ModelConfig, decoder: DecoderConfig) -> DecoderConfig:
         packed=False,
     )
     lora = config.lora if config.lora.rank else None
-    return dataclasses.replace(decoder, dtype=dtype, remat=config.remat, attention=attention, lora=lora)
+    return dataclasses.replace(
+        decoder,
+        dtype=dtype,
+        remat=config.remat,
+        attention=attention,
+        unrolled=unrolls(device.platform),
+        lora=lora,
+    )
 
 
 def load(config: ModelConfig, mesh: Mesh | None = None, dtype=jnp.float32) -> tuple[DecoderConfig, dict]:

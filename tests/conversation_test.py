@@ -4,6 +4,7 @@ The reference shares with the engine the order of random keys and encode_turn, n
 decoded text, and lays rows out as lists.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -215,6 +216,12 @@ def test_rows_depend_on_nothing_but_themselves(environments, monkeypatch):
     later = run(environments)
     assert later.messages == whole.messages
     jax.tree.map(np.testing.assert_array_equal, later.made, whole.made)
+
+
+def test_rows_do_not_depend_on_whether_layers_are_unrolled(environments):
+    found, expected = run(environments, dataclasses.replace(LLAMA, unrolled=True)), run(environments)
+    assert found.messages == expected.messages and max(found.turns_B) == TURNS
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found.made, expected.made)
 
 
 def test_one_compilation_a_bucket(environments):

@@ -28,6 +28,7 @@ SIZES = {  # data, fsdp, seq, tensor
     "seq4_tensor2": (1, 1, 4, 2),
 }
 SIX = tuple(SIZES)[:6]
+UNROLLED = ("fsdp4_tensor2", "fsdp2_tensor2_seq2")  # sampled from without a loop over the layers, on data 4, tensor 2
 DEFAULT = {
     "llama": SIX,
     "qwen2": ("fsdp4_tensor2", "fsdp2_tensor2_seq2"),
@@ -120,7 +121,7 @@ def compare(family: str, meshes, rank: int = 0) -> dict[str, dict]:
     rng, sampling = np.random.default_rng(1), Sampling(1.0, 0, 1.0, TOKENS.get(family, 5), 2, (1,), 0)
     prompts = rng.integers(2, V, (8, 6)).astype(np.int32), np.array([6, 5, 4, 3, 6, 2, 1, 6], np.int32)
 
-    def results(sizes):
+    def results(sizes, unrolled=False):
         devices = jax.devices()[: int(np.prod(sizes))]
         mesh = build(sizes, devices)
         rollout_mesh = make_rollout_mesh(MeshConfig(*sizes, 0, 0, "none"), mesh, devices)
@@ -137,9 +138,10 @@ def compare(family: str, meshes, rank: int = 0) -> dict[str, dict]:
             step = jax.jit(loss_and_grad).lower(*inputs).compile()
             loss, _, grads = step(*inputs)
         with jax.set_mesh(rollout_mesh):
-            weights = sync(decoder, lora.join(decoder, base, params), rollout_mesh)
+            sampler = dataclasses.replace(decoder, unrolled=unrolled)
+            weights = sync(sampler, lora.join(decoder, base, params), rollout_mesh)
             inputs = weights, *(place(rollout_mesh, x) for x in prompts), jax.random.key(0)
-            sample = generate.lower(decoder, sampling, *inputs).compile()
+            sample = generate.lower(sampler, sampling, *inputs).compile()
             made = sample(*inputs)
         moments = jax.tree.leaves(initial_train_state(config, decoder, params, mesh).opt_state)
         split = min(x.addressable_shards[0].data.size / x.size for x in moments if x.ndim > 1)
@@ -149,7 +151,7 @@ def compare(family: str, meshes, rank: int = 0) -> dict[str, dict]:
     assert abs(float(loss)) > 1e-3 and len(set(made.tokens_BT.ravel())) > V / 2
     report = {}
     for name in meshes:
-        (loss_m, grads_m, made_m), step, sample, split = results(SIZES[name])
+        (loss_m, grads_m, made_m), step, sample, split = results(SIZES[name], name in UNROLLED)
         gathered = collectives(step, "all-gather")
         moved = gathered + collectives(step, "all-to-all", "collective-permute")
         report[name] = {

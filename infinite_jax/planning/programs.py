@@ -97,10 +97,11 @@ def copied(decoder: DecoderConfig, mesh: Mesh, sampling: Mesh) -> bool:
 
 def rollout_params(decoder: DecoderConfig, mesh: Mesh, sampling: Mesh):
     """The parameters as rollout.sync gives them: those that train, or a cast copy on the mesh that samples."""
-    shapes = policy.abstract_params(decoder)
+    shapes, axes = policy.abstract_params(decoder), policy.logical_axes(decoder)
     if copied(decoder, mesh, sampling):
-        shapes = jax.eval_shape(lambda params: policy.cast(decoder, params), shapes)
-    shardings = tree_shardings(sampling, policy.logical_axes(decoder), shapes)
+        axes = policy.sampled_axes(decoder)
+        shapes = jax.eval_shape(lambda params: policy.sampled(decoder, params), shapes)
+    shardings = tree_shardings(sampling, axes, shapes)
     return jax.tree.map(lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes, shardings)
 
 

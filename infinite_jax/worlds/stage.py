@@ -123,6 +123,7 @@ def decoder_config(settings: Settings) -> DecoderConfig:
         dtype=settings.dtype,
         remat="none",
         attention="xla",
+        unrolled=False,
         lora=None,
     )
 
