@@ -105,7 +105,7 @@ def main() -> None:
     config = from_hf(SMOLLM2_135M)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = dataclasses.replace(config, dtype=dtype, unrolled=unrolls(jax.default_backend()))
-    params = policy.init(config, jax.random.key(0))
+    params = jax.jit(lambda key: policy.sampled(config, policy.init(config, key)))(jax.random.key(0))
     tokens = given.rows * given.new
     rows = [
         (f"this engine, {given.rows // g} prompts x {g}", g, ours(config, params, given.rows, g, *work)) for g in (1, 8)

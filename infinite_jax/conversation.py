@@ -26,7 +26,6 @@ from infinite_jax import stop_strings, turns
 from infinite_jax.placement import place
 from infinite_jax.prompts import Prompt
 from infinite_jax.rollout import Generated, Sampling, generate
-from models import policy
 from models import tokenizer as chat
 from models.architectures import DecoderConfig
 from rubric.environments.protocol import Environment, Message
@@ -124,7 +123,6 @@ def converse(
     ]
     with jax.set_mesh(talk.mesh):
         placed = functools.partial(place, talk.mesh)
-        params = _as_read(decoder, params)
         prefix, ahead_P, rows = turns.begin(decoder, sampling, params, placed(prompt_PT), placed(length_P))
         context = turns.Context(params, prefix, ahead_P, key)
         program = functools.partial(turns.go_on, decoder, sampling, talk.chunk, context)
@@ -255,16 +253,6 @@ def _padded(added: dict[int, list[int]], rows: int, sampling: Sampling) -> tuple
     for b, ids in added.items():
         ids_BA[b, : len(ids)], adds_B[b] = ids, len(ids)
     return ids_BA, adds_B
-
-
-def _as_read(decoder: DecoderConfig, params):
-    """The parameters in the dtypes and arrays that decoding reads, so that no turn makes them again."""
-    wanted = jax.eval_shape(functools.partial(policy.sampled, decoder), params)
-    dtypes = functools.partial(jax.tree.map, lambda x: x.dtype)
-    return params if dtypes(params) == dtypes(wanted) else _sampled(decoder, params)
-
-
-_sampled = jax.jit(policy.sampled, static_argnums=0)
 
 
 def _laid_out(sampling: Sampling, prompt_PT, length_P, lines: Sequence[_Line], rows: turns.Rows) -> Generated:

@@ -68,18 +68,25 @@ def choose(logits_NV: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[ja
 
 
 def sync(config: DecoderConfig, params, mesh: Mesh):
-    """The parameters as `generate` reads them most cheaply, on the rollout's mesh: policy.sampled, split over `tensor`.
+    """The parameters as sampling reads them, on the rollout's mesh: policy.sampled, split over `tensor` alone.
 
-    `params` themselves where they lie on that mesh, nothing is split otherwise and they hold no adapters, which are
-    merged here: `generate` does the rest. The copy lives as long as it is sampled from. Left out: a transfer a layer at
-    a time, beside what still computes.
+    `params` themselves where they are that already and hold no adapters, which are merged here. The copy lives as long
+    as it is sampled from. Left out: a transfer a layer at a time, beside what still computes.
     """
     here = jax.tree.leaves(params)[0].sharding.mesh
-    if here == mesh and mesh.shape["fsdp"] * mesh.shape["seq"] == 1 and not lora.adapted(params):
+    if not needs_copy(config, params, here, mesh):
         return params
     if list(here.devices.flat) == list(mesh.devices.flat):
         return _cast(config, here, mesh)(params)
     return jax.device_put(_cast(config, here, here)(params), _placement(config, mesh))
+
+
+def needs_copy(config: DecoderConfig, params, here: Mesh, mesh: Mesh) -> bool:
+    """Whether `sync` makes a copy of parameters, or of their shapes and dtypes, that lie on the mesh `here`."""
+    if here != mesh or mesh.shape["fsdp"] * mesh.shape["seq"] > 1 or lora.adapted(params):
+        return True
+    dtypes = functools.partial(jax.tree.map, lambda leaf: leaf.dtype)
+    return dtypes(params) != dtypes(jax.eval_shape(lambda params: policy.sampled(config, params), params))
 
 
 @functools.cache
@@ -105,7 +112,8 @@ def generate(
     """Samples group_size completions of each prompt. The key is consumed: step t draws with fold_in(key, t).
 
     Args:
-      params: as `sync` gives them.
+      params: as `sync` gives them; others are brought into that form by the program itself, which for layers out of a
+        stack takes long to compile on GPUs, where XLA tunes each slice's product anew.
       prompt_PT: i32, left-aligned, padded with pad_id.
       length_P: i32 >= 1, tokens of each prompt.
 

@@ -180,13 +180,17 @@ class Ring(NamedTuple):
         """total after total = visit(total, keys, step) on each device's keys, the device's own first."""
         total = None
         for step in range(self.devices - 1):
-            ahead, total = self.passed_on(keys), visit(total, keys, step)
+            ids = jax.tree.map(self.exchanged, keys[2:])
+            ahead, total = Keys(*self.passed_on(keys[:2]), *ids), visit(total, keys, step)
             keys, total = jax.lax.optimization_barrier((ahead, total))  # else all permutes may start at once
         return visit(total, keys, self.devices - 1)
 
-    def passed_on(self, tree):
-        ring = [(r, (r + 1) % self.devices) for r in range(self.devices)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, ring), tree)
+    def passed_on(self, pair):
+        """Two arrays of one shape as the neighbour before has them: one exchange, since of two XLA hides but one."""
+        return tuple(self.exchanged(jnp.stack(pair)))
+
+    def exchanged(self, x):
+        return jax.lax.ppermute(x, self.axis, [(r, (r + 1) % self.devices) for r in range(self.devices)])
 
     @property
     def devices(self) -> int:

@@ -121,7 +121,7 @@ def test_what_is_apart_stays_as_it_is():
 
 
 def test_the_rollouts_copy_is_what_generate_and_plan_expect():
-    """Adapters make one, also on one device: merged, cast, apart; its programs are compiled once."""
+    """Merged, cast, apart, whatever of it there is to do; its programs are compiled once."""
     config, mesh = unrolled(LLAMA, lora=LoraConfig(2, 4.0, ("q", "down"))), build((1, 1, 1, 1))
     adapters = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), lora.abstract_params(config))
     base = jax.device_put(random_params(config), NamedSharding(mesh, PartitionSpec()))
@@ -142,8 +142,10 @@ def test_the_rollouts_copy_is_what_generate_and_plan_expect():
         copy, planned = sync(config, joined, mesh), programs.rollout_params(config, mesh, mesh)
         assert about(copy) == about(planned) and copy["layers_1"]["down"].dtype == jnp.dtype(dtype)
     plain = dataclasses.replace(config, lora=None)
-    assert sync(plain, base, mesh) is base  # no copy, as ever
-    assert about(programs.rollout_params(plain, mesh, mesh)) == about(base)
+    assert about(sync(plain, base, mesh)) == about(programs.rollout_params(plain, mesh, mesh))
+    stacked = dataclasses.replace(plain, unrolled=False, dtype="float32")
+    assert sync(stacked, base, mesh) is base  # there is nothing to copy
+    assert about(programs.rollout_params(stacked, mesh, mesh)) == about(base)
 
 
 def about(tree):

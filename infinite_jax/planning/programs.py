@@ -18,7 +18,7 @@ from infinite_jax import batch
 from infinite_jax.placement import abstract_train_state, rows_sharding
 from infinite_jax.planning import counts
 from infinite_jax.planning.counts import Counts
-from infinite_jax.rollout import Sampling, generate
+from infinite_jax.rollout import Sampling, generate, needs_copy
 from infinite_jax.score import Scorer
 from infinite_jax.trainer import _train_step
 from infinite_jax.types import Batch, Rollout, TrainState, learning
@@ -92,7 +92,7 @@ def abstract_batch(config: AlgorithmConfig, scorer: Scorer, state: TrainState, m
 
 def copied(decoder: DecoderConfig, mesh: Mesh, sampling: Mesh) -> bool:
     """Whether rollout.sync makes a copy of the parameters for the mesh that samples."""
-    return decoder.lora is not None or sampling != mesh or mesh.shape["fsdp"] * mesh.shape["seq"] > 1
+    return decoder.lora is not None or needs_copy(decoder, policy.abstract_params(decoder), mesh, sampling)
 
 
 def rollout_params(decoder: DecoderConfig, mesh: Mesh, sampling: Mesh):
