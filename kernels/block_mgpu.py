@@ -30,11 +30,14 @@ def check(q, k, v) -> None:
 @functools.cache
 def make_block(interpret=None) -> Block:
     """interpret: pallas's parameters, to run the kernels on a CPU in tests."""
+    compiled_once = functools.partial(jax.jit, static_argnames="scale")  # however many layers call it
 
+    @compiled_once
     def forward(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
         check(q, k, v)
         return block_mgpu_forward.forward(q, k, v, mask, scale, interpret=interpret)
 
+    @compiled_once
     def backward(q, k, v, o, lse, delta, do, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         check(q, k, v)
         do = do.astype(q.dtype)
