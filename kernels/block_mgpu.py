@@ -30,18 +30,18 @@ def check(q, k, v) -> None:
 @functools.cache
 def make_block(interpret=None) -> Block:
     """interpret: pallas's parameters, to run the kernels on a CPU in tests."""
-    compiled_once = functools.partial(jax.jit, static_argnames="scale")  # however many layers call it
+    run_forward, run_backward = (  # jitted, to be traced and compiled once, however many layers call them
+        jax.jit(functools.partial(kernel, interpret=interpret), static_argnames="scale")
+        for kernel in (block_mgpu_forward.forward, block_mgpu_backward.backward)
+    )
 
-    @compiled_once
     def forward(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
         check(q, k, v)
-        return block_mgpu_forward.forward(q, k, v, mask, scale, interpret=interpret)
+        return run_forward(q, k, v, mask, scale)
 
-    @compiled_once
     def backward(q, k, v, o, lse, delta, do, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
         check(q, k, v)
-        do = do.astype(q.dtype)
-        return block_mgpu_backward.backward(q, k, v, lse, delta, do, mask, scale, interpret=interpret)
+        return run_backward(q, k, v, lse, delta, do.astype(q.dtype), mask, scale)
 
     return Block("mgpu", forward, backward)
 
