@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from kernels.block import Block
 
-KERNELS = ("xla", "tpu", "hopper", "cudnn", "mgpu")
-AUTO = ("tpu", "hopper", "cudnn", "mgpu", "xla")  # in this order
+KERNELS = ("xla", "tpu", "cudnn", "mgpu")
+AUTO = ("tpu", "cudnn", "mgpu", "xla")  # in this order
 
 # NVIDIA's architectures by the names that jax's device_kind has for their cards
 CARDS = {
@@ -28,14 +28,9 @@ SUPPORT = {
     "tpu": {"TPU": ROWS},
     "cudnn": {"Ampere": WHOLE, "Ada": WHOLE, "Hopper": WHOLE, "Blackwell": WHOLE},
     "mgpu": {"Hopper": ROWS},
-    "hopper": {"Hopper": WHOLE},
 }
 DTYPES = {"tpu": ("bfloat16", "float32"), "cudnn": ("bfloat16", "float16"), "mgpu": ("bfloat16", "float16")}
-DTYPES |= {"hopper": DTYPES["mgpu"]}
-HEAD_DIMS = {
-    "mgpu": (64, 128),
-    "hopper": (64, 128),
-}  # a tile of queries, two of keys and of values fit the shared memory
+HEAD_DIMS = {"mgpu": (64, 128)}  # a tile of queries, two of keys and of values fit the shared memory
 CUDNN_HEAD_DIM = {"Ampere": 128, "Ada": 128, "Hopper": 256, "Blackwell": 256}  # at most, and a multiple of 8
 
 
