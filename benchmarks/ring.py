@@ -5,12 +5,15 @@
 
 bfloat16, causal, one row of --tokens tokens in zigzag order over the devices. TFLOP/s a device count 3.5 x 4 T^2 / 2
 operations a head and element of it; temporaries are the compiler's own count. One device alone has a whole row of
-T / sqrt(devices) tokens, the same number of operations. `all-gather`: every device gathers all keys and values, and
-each of its two chunks attends to the keys before it and, causally, to its own.
+T / sqrt(devices) tokens, the same number of operations; `each alone, at once` is that on every device at the same time,
+and shows what the slowest of them and the host they share leave to reach. `all-gather`: every device gathers all keys
+and values, and each of its two chunks attends to the keys before it and, causally, to its own.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import topology
 from benchmarks.kernels import dense
-from benchmarks.measure import arguments, attempt, normal, numbers, relative, report, seconds
+from benchmarks.measure import arguments, attempt, in_turns, normal, numbers, relative, report, timer
 from kernels import select, zigzag
 from kernels.block import Block, Mask
 from kernels.ring_attention import Part, ring_attention
@@ -29,6 +32,7 @@ TINY = {"tokens": "256,512", "heads": 4, "kv-heads": 2, "head-dim": 16, "small":
 COLUMNS = ["tokens", "devices", "attention", "ms", "TFLOP/s a device", "of one device", "temporaries MiB"]
 COLUMNS += ["keys and values MiB", "error o", "dq", "dk", "dv", "not run"]
 SPLIT = PartitionSpec(None, "seq")
+LEAST = 0.2  # seconds of one timing
 
 
 def ring(block: Block, scale: float, q, k, v):
@@ -92,18 +96,58 @@ def errors(given, attend, mesh: Mesh) -> list[float]:
     return [relative(np.asarray(jax.device_get(a))[:, back], b) for a, b in zip(found, expected)]
 
 
-def measure(given, attend, mesh: Mesh, length: int, run: bool) -> list:
-    """[ms, TFLOP/s a device, temporaries MiB], the first two None where nothing can run."""
-    shapes = shapes_of(given, length)
-    compiled = program(attend, mesh, shapes)
+class Case(NamedTuple):
+    """One attention at one number of tokens."""
+
+    label: str
+    attend: Callable
+    mesh: Mesh
+    length: int  # of the rows that are split over the mesh, together
+    pairs: float  # of query and key, a device
+    kept: float  # MiB of keys and values, a device
+
+
+def cases(given, block: Block, tokens: int, many: Mesh, one: Mesh) -> list[Case]:
+    attends = [functools.partial(attend, block, given.head_dim**-0.5) for attend in (alone, ring, gathered)]
+    own = math.ceil(tokens / math.sqrt(many.size) / 256) * 256  # a row of as many operations as a device's share
+    width = 2 * 2 * given.kv_heads * given.head_dim / 2**20
+    pairs, share = tokens * tokens / 2 / many.size, tokens / many.size
+    return [
+        Case(f"one device alone, {block.name}", attends[0], one, own, own * own / 2, width * own),
+        Case(f"each alone, at once, {block.name}", attends[0], many, own * many.size, own * own / 2, width * own),
+        Case(f"ring, {block.name}", attends[1], many, tokens, pairs, width * share),
+        Case(f"all-gather, {block.name}", attends[2], many, tokens, pairs, width * tokens),
+    ]
+
+
+def prepare(given, case: Case, run: bool):
+    """(MiB of temporaries, a timer or None where nothing can run)."""
+    shapes = shapes_of(given, case.length)
+    compiled = program(case.attend, case.mesh, shapes)
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     if not run:
-        return [None, None, temporaries]
-    place = NamedSharding(mesh, SPLIT)
+        return temporaries, None
+    place = NamedSharding(case.mesh, SPLIT)
     arrays = jax.jit(lambda: normal(0, jnp.bfloat16, *shapes), out_shardings=[place] * 4)()
-    took = seconds(lambda: compiled(*arrays), given.repeats)
-    flops = 3.5 * 4 * length * length / 2 * given.heads * given.head_dim / mesh.size
-    return [1e3 * took, flops / took / 1e12, temporaries]
+    return temporaries, timer(lambda: compiled(*arrays), LEAST)
+
+
+def time_all(given, found: list[Case], wrong: dict, run: bool) -> list[list]:
+    """The rows of the table for one number of tokens, timed in turns."""
+    ready = {case.label: attempt(lambda c=case: prepare(given, c, run)) for case in found}
+    timers = {label: made[1] for label, (made, _) in ready.items() if made and made[1]}
+    times, rows, bar = in_turns(timers, given.repeats), [], None
+    for case in found:
+        made, why = ready[case.label]
+        took = times.get(case.label)
+        speed = 3.5 * 4 * case.pairs * given.heads * given.head_dim / took / 1e12 if took else None
+        bar = bar or speed
+        errors_of, why_wrong = wrong.get(case.label, (None, None))
+        row = [case.length, case.mesh.size, case.label, took and 1e3 * took, speed, speed and speed / bar]
+        row += [made and made[0], case.kept, *(errors_of or [None] * 4), why or why_wrong]
+        rows.append(row)
+        print(row, flush=True)
+    return rows
 
 
 def main() -> None:
@@ -115,49 +159,17 @@ def main() -> None:
     devices = topology.devices(given.topology)[0] if given.topology else jax.devices()
     devices = devices[: given.devices or None]
     many, one = (Mesh(np.array(chosen), ("seq",)) for chosen in (devices, devices[:1]))
-    name = select.choose(
-        given.block,
-        "gpu" if given.topology else devices[0].platform,
-        devices[0].device_kind,
-        head_dim=given.head_dim,
-        dtype=jnp.bfloat16,
-        windows=False,
-        packed=False,
-    )
-    block, scale, run, rows = select.block(name), given.head_dim**-0.5, not given.topology, []
-    attentions = {
-        f"one device alone, {name}": (alone, one),
-        f"ring, {name}": (ring, many),
-        f"all-gather, {name}": (gathered, many),
-    }
-    wrong = {}
-    for label, (attend, mesh) in attentions.items():
-        call = functools.partial(attend, block, scale)
-        wrong[label] = attempt(lambda c=call, m=mesh: errors(given, c, m)) if run else ([None] * 4, None)
-        print(f"{label}: errors {wrong[label]}", flush=True)
+    platform = "gpu" if given.topology else devices[0].platform
+    needs = {"head_dim": given.head_dim, "dtype": jnp.bfloat16, "windows": False, "packed": False}
+    block = select.block(select.choose(given.block, platform, devices[0].device_kind, **needs))
+    run, rows, wrong = not given.topology, [], {}
+    for case in cases(given, block, numbers(given.tokens)[0], many, one):
+        if run and (case.mesh is one or case.attend.func is not alone):
+            wrong[case.label] = attempt(lambda c=case: errors(given, c.attend, c.mesh))
+    print("errors", wrong, flush=True)
     for tokens in numbers(given.tokens):
-        bar = None
-        for label, (attend, mesh) in attentions.items():
-            length = tokens if mesh is many else math.ceil(tokens / math.sqrt(many.size) / 256) * 256
-            call = functools.partial(attend, block, scale)
-            found, why = attempt(lambda c=call, m=mesh, n=length: measure(given, c, m, n, run))
-            took, speed, temporaries = found or [None] * 3
-            bar = speed if mesh is one and speed else bar
-            kept = 2 * 2 * length * given.kv_heads * given.head_dim / 2**20
-            share = speed / bar if speed and bar else None
-            row = [
-                length,
-                mesh.size,
-                label,
-                took,
-                speed,
-                share,
-                temporaries,
-                kept if attend is gathered else kept / mesh.size,
-            ]
-            rows.append([*row, *(wrong[label][0] or [None] * 4), why or wrong[label][1]])
-            print(rows[-1], flush=True)
-    report(given, {"kernel": name}, COLUMNS, rows)
+        rows += time_all(given, cases(given, block, tokens, many, one), wrong, run)
+    report(given, {"kernel": block.name}, COLUMNS, rows)
 
 
 if __name__ == "__main__":
