@@ -4,9 +4,9 @@
                                  [--prompts 16] [--group 8] [--prompt 256] [--new 256] [--out FILE] [--plot FILE.png]
 
 Random weights; every device adds --prompts prompts of --prompt tokens with --group completions of exactly --new tokens
-each. Layouts: data (parameters on every device), fsdp (split over all), fsdp_tensor (tensor 2, the rest fsdp). Rollout
-tokens are the generated ones; a step's are those and the prompts', once. Efficiency: tokens/s a device over that of one
-device alone. --counts: 0 = powers of two up to all devices.
+each. Layouts: data (parameters on every device), fsdp (split over all), fsdp_tensor (tensor 2, the rest fsdp); all
+sample with whole models on every device. Rollout tokens are the generated ones; a step's are those and the prompts',
+once. Efficiency: tokens/s a device over that of one device alone. --counts: 0 = powers of two up to all devices.
 """
 
 import statistics

@@ -94,8 +94,10 @@ def _cast(config: DecoderConfig, here: Mesh, there: Mesh):
     """The compiled cast, and then the way from one split of the same devices to another: half the bytes move."""
 
     def cast(params):
-        merged = lora.merge(config, params)
-        return jax.lax.with_sharding_constraint(policy.sampled(config, merged), _placement(config, here))
+        if config.unrolled:  # first, so that no merged stack is beside the layers
+            params = policy.apart(config, params)
+        merged = policy.sampled(config, lora.merge(config, params))
+        return jax.lax.with_sharding_constraint(merged, _placement(config, here))
 
     return jax.jit(cast, out_shardings=_placement(config, there))
 

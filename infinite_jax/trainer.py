@@ -125,7 +125,7 @@ class InfiniteGRPOTrainer:
             whole = lora.join(self.decoder, self.base, state.train.params)
             policy = sync(self.decoder, whole, self.rollout_mesh)
             rounds, sampled, position = self.sample(state, policy, draw.domain_P, clock)
-            del policy  # a copy, but in float32 on one mesh
+            del policy  # mostly a copy
             lr_scale_D, kl_coef_D = self._lr_scale(state.curriculum), self.kl_coef(state.monitor)
             reference = fetched(self.reference)
             learnt = learning(state.train._replace(params=whole))

@@ -30,10 +30,10 @@ def check(q, k, v) -> None:
 @functools.cache
 def make_block(interpret=None) -> Block:
     """interpret: pallas's parameters, to run the kernels on a CPU in tests."""
-    run_forward, run_backward = (  # jitted, to be traced and compiled once, however many layers call them
-        jax.jit(functools.partial(kernel, interpret=interpret), static_argnames="scale")
-        for kernel in (block_mgpu_forward.forward, block_mgpu_backward.backward)
-    )
+    kernels = (block_mgpu_forward.forward, block_mgpu_backward.backward)
+    run_forward, run_backward = (functools.partial(kernel, interpret=interpret) for kernel in kernels)
+    if interpret is None:  # to be traced and compiled once, however many layers call them
+        run_forward, run_backward = (jax.jit(run, static_argnames="scale") for run in (run_forward, run_backward))
 
     def forward(q, k, v, mask: Mask, scale: float) -> tuple[jax.Array, jax.Array]:
         check(q, k, v)

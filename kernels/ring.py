@@ -105,7 +105,7 @@ class Ring(NamedTuple):
         return _whole(o, of_queries), _whole(lse, of_queries, 2, MASKED)
 
     def backward(self, queries: Queries, keys: Keys):
-        """dq [R, T, H, D], float32, dk, dv [R, S, K, D] in the keys' dtype; without a ring as the block left them."""
+        """dq [R, T, H, D], float32 or, without a ring, as the block left it; dk, dv [R, S, K, D] in the keys' dtype."""
         split = self.mask.causal and self.devices > 1  # the local tokens' attention, in two
 
         def visit(total, keys, step):

@@ -58,6 +58,10 @@ def _check(q_BTHD, part: Part, ring: bool) -> None:
             f"attention: queries {shape} do not fit keys {keys} and values {part.v_RSKD.shape}: rows and heads of the "
             "queries must be multiples of theirs, the width the same"
         )
+    if part.k_RSKD.dtype != part.v_RSKD.dtype:
+        raise ValueError(
+            f"attention: keys in {part.k_RSKD.dtype}, values in {part.v_RSKD.dtype}: cast one to the other"
+        )
     if mask.causal and shape[:2] != keys[:2]:
         raise ValueError(f"attention: a causal part needs as many keys as queries: {keys[:2]}, not {shape[:2]}")
     if mask.causal and mask.positions is not None:

@@ -154,7 +154,7 @@ class Decoder(nn.Module):
     def scanned(self, keep: bool, carry, layer: Layer, shared: Shared):
         """The layers in one loop, over stacked parameters."""
         return nn.scan(
-            _recomputed(self.config.remat, looped=True),
+            _recomputed(self.config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
@@ -163,20 +163,17 @@ class Decoder(nn.Module):
         )(self.config, keep, name="layers")(carry, layer, shared)
 
     def one_by_one(self, keep: bool, carry, layer: Layer, shared: Shared):
-        """The same without a loop, over parameters of which each layer has its own."""
-        kept, block = [], _recomputed(self.config.remat, looped=False)
+        """The same for sampling, which has no gradient: no loop, and each layer has parameters of its own."""
+        kept = []
         for i in range(self.config.num_layers):
             own = jax.tree.map(operator.itemgetter(i), layer)
-            carry, kv = block(self.config, keep, name=f"layers_{i}")(carry, own, shared)
+            carry, kv = Block(self.config, keep, name=f"layers_{i}")(carry, own, shared)
             kept.append(kv)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *kept) if keep else None
 
 
-def _recomputed(remat: str, looped: bool) -> type[nn.Module]:
-    """Block that keeps for its backward pass what `remat` says; nowhere the parameters that it gathered.
-
-    looped: the layers are a loop's iterations; else the compiler must be kept from merging what is computed twice.
-    """
+def _recomputed(remat: str) -> type[nn.Module]:
+    """Block that keeps for its backward pass what `remat` says; nowhere the parameters that it gathered."""
     policies = jax.checkpoint_policies
     match remat:
         case "none" if shards("fsdp") * shards("seq") == 1:
@@ -188,7 +185,7 @@ def _recomputed(remat: str, looped: bool) -> type[nn.Module]:
             keep = policies.save_from_both_policies(weights, policies.save_only_these_names(*KEPT))
         case _:
             keep = None
-    return nn.remat(Block, policy=keep, prevent_cse=not looped)
+    return nn.remat(Block, policy=keep, prevent_cse=False)
 
 
 def _but_gathered(primitive, *_, **__) -> bool:

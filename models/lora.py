@@ -119,7 +119,7 @@ def join(config: DecoderConfig, base: dict | None, learnt: dict) -> dict:
 
 def adapted(params: dict) -> bool:
     """Whether a policy's parameters hold adapters."""
-    return not FACTORS.isdisjoint(params["layers"])
+    return any(not FACTORS.isdisjoint(layers) for name, layers in params.items() if name.startswith("layers"))
 
 
 def change(config: DecoderConfig, leaf: str, factors: dict[str, jax.Array], into: Callable) -> jax.Array | None:
@@ -143,12 +143,12 @@ def change(config: DecoderConfig, leaf: str, factors: dict[str, jax.Array], into
 
 
 def merge(config: DecoderConfig, params: dict) -> dict:
-    """W + s A B in W's dtype, summed in float32, a layer at a time; a tree without adapters as it is."""
-    layers = params["layers"]
+    """W + s A B in W's dtype, summed in float32, a layer at a time; a tree without adapters as it is.
+
+    Layers may be stacked or apart (models/policy.py).
+    """
     if not adapted(params):
         return params
-    factors = {name: x for name, x in layers.items() if name in FACTORS}
-    changed = {leaf: layers[leaf] for leaf in PARTS if any(f"{name}_a" in factors for name in PARTS[leaf])}
 
     def layer(weights, factors):
         with jax.default_matmul_precision("float32"):
@@ -157,5 +157,11 @@ def merge(config: DecoderConfig, params: dict) -> dict:
                 for leaf, w in weights.items()
             }
 
-    merged = jax.lax.map(lambda both: layer(*both), (changed, factors))
-    return params | {"layers": {name: x for name, x in layers.items() if name not in FACTORS} | merged}
+    def merged(layers, run):
+        factors = {name: x for name, x in layers.items() if name in FACTORS}
+        changed = {leaf: layers[leaf] for leaf in PARTS if any(f"{name}_a" in factors for name in PARTS[leaf])}
+        return {name: x for name, x in layers.items() if name not in FACTORS} | run(changed, factors)
+
+    if "layers" in params:
+        return params | {"layers": merged(params["layers"], lambda *both: jax.lax.map(lambda x: layer(*x), both))}
+    return params | {name: merged(leaf, layer) for name, leaf in params.items() if name.startswith("layers_")}

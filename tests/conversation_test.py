@@ -108,8 +108,8 @@ def talk_of(environments, shape=(1, 1, 1, 1), max_turns=TURNS):
 def run(environments, config=LLAMA, sampling=SAMPLING, seed=0, chosen=CHOSEN, **talk):
     prompt_PT, length_P = prompts.pad(CHOSEN, BUCKETS, PAD)
     made = converse(
-        config, sampling, params_of(config), talk_of(environments, **talk), chosen, prompt_PT, length_P,
-        jax.random.key(seed),
+        config, sampling, policy.sampled(config, params_of(config)), talk_of(environments, **talk), chosen, prompt_PT,
+        length_P, jax.random.key(seed),
     )  # fmt: skip
     return made._replace(made=jax.device_get(made.made))
 
@@ -219,7 +219,9 @@ def test_rows_depend_on_nothing_but_themselves(environments, monkeypatch):
 
 
 def test_rows_do_not_depend_on_whether_layers_are_unrolled(environments):
-    found, expected = run(environments, dataclasses.replace(LLAMA, unrolled=True)), run(environments)
+    apart = dataclasses.replace(LLAMA, unrolled=True)
+    assert "layers_0" in policy.sampled(apart, params_of(apart))
+    found, expected = run(environments, apart), run(environments)
     assert found.messages == expected.messages and max(found.turns_B) == TURNS
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), found.made, expected.made)
 
