@@ -1,7 +1,8 @@
 """Weak scaling of a GRPO step on 1 to n devices: tokens a second a device, beside one device's.
 
     python -m benchmarks.scaling [--shapes qwen2_5_0_5b,qwen2_5_1_5b] [--layouts data,fsdp,fsdp_tensor] [--counts 1,2]
-                                 [--prompts 16] [--group 8] [--prompt 256] [--new 256] [--out FILE] [--plot FILE.png]
+                                 [--prompts 32] [--group 8] [--prompt 256] [--new 256] [--out FILE] [--plot FILE.png]
+    python -m benchmarks.scaling --read FILE ... --plot FILE.png      draws what earlier runs wrote
 
 Random weights; every device adds --prompts prompts of --prompt tokens with --group completions of exactly --new tokens
 each. Layouts: data (parameters on every device), fsdp (split over all), fsdp_tensor (tensor 2, the rest fsdp); all
@@ -9,15 +10,18 @@ sample with whole models on every device. Rollout tokens are the generated ones;
 once. Efficiency: tokens/s a device over that of one device alone. --counts: 0 = powers of two up to all devices.
 """
 
+import itertools
+import json
 import statistics
+from pathlib import Path
 
 import jax
 
 from benchmarks import grpo_step
 from benchmarks.measure import arguments, attempt, numbers, report
 
-SIZES = {"shapes": "qwen2_5_0_5b,qwen2_5_1_5b", "layouts": "data,fsdp,fsdp_tensor", "counts": "0", "prompts": 16}
-SIZES |= {"group": 8, "prompt": 256, "new": 256, "microbatches": 4, "remat": "full", "attention": "auto"}
+SIZES = {"shapes": "qwen2_5_0_5b,qwen2_5_1_5b", "layouts": "data,fsdp,fsdp_tensor", "counts": "0", "prompts": 32}
+SIZES |= {"group": 8, "prompt": 256, "new": 256, "microbatches": 1, "remat": "full", "attention": "auto"}
 TINY = {"shapes": "tiny", "prompts": 2, "group": 2, "prompt": 8, "new": 8, "microbatches": 1}
 COLUMNS = ["shape", "layout", "devices", "rollout s", "score s", "update s", "step s", "rollout tokens/s a device"]
 COLUMNS += ["step tokens/s a device", "rollout efficiency", "step efficiency", "not run"]
@@ -49,22 +53,29 @@ def plot(rows: list[list], path: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure((9, 4), layout="constrained")
+    many = [row for row in rows if row[2] > 1]
     for axes, column, title in zip(figure.subplots(1, 2, sharey=True), (9, 10), ("rollout", "whole step")):
-        for shape, layout in dict.fromkeys((row[0], row[1]) for row in rows):
-            points = [(row[2], row[column]) for row in rows if tuple(row[:2]) == (shape, layout) and row[column]]
-            axes.plot(*zip(*points), marker="o", label=f"{shape} {layout}") if points else None
+        for shape, layout in dict.fromkeys((row[0], row[1]) for row in many):
+            points = [(row[2], row[column]) for row in many if tuple(row[:2]) == (shape, layout) and row[column]]
+            axes.plot(*zip((1, 1.0), *sorted(points)), marker="o", label=f"{shape} {layout}")
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="devices", ylim=(0, 1.15), xticks=sorted({row[2] for row in rows}))
     axes.figure.axes[0].set_ylabel("tokens/s a device, over one device's")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     def also(parser):
         parser.add_argument("--plot", default="", help="PNG file for the curves")
+        parser.add_argument(
+            "--read", nargs="*", default=[], help="draw what earlier runs wrote with --out, no more"
+        )
 
     given = arguments("benchmarks.scaling", __doc__, SIZES, TINY, also)
+    if given.read:
+        plot([row for path in given.read for row in json.loads(Path(path).read_text())["rows"]], given.plot)
+        return
     counts = numbers(given.counts)
     if counts == [0]:
         counts = [2**power for power in range(jax.device_count().bit_length())]
@@ -73,19 +84,14 @@ def main() -> None:
         alone, why = attempt(lambda s=shape: measure(given, s, "data", 1))
         rows.append([shape, "one device", 1, *(alone or [None] * 6), 1.0, 1.0, why])
         print(rows[-1], flush=True)
-        for layout in given.layouts.split(","):
-            if alone:
-                rows.append([shape, layout, 1, *alone, 1.0, 1.0, None])
-            for count in counts:
-                if count == 1:
-                    continue
-                found, why = attempt(lambda s=shape, lay=layout, c=count: measure(given, s, lay, c))
-                shares = [found[i] / alone[i] for i in (4, 5)] if found and alone else [None] * 2
-                rows.append([shape, layout, count, *(found or [None] * 6), *shares, why])
-                print(rows[-1], flush=True)
+        for layout, count in itertools.product(given.layouts.split(","), [count for count in counts if count > 1]):
+            found, why = attempt(lambda s=shape, lay=layout, c=count: measure(given, s, lay, c))
+            shares = [found[i] / alone[i] for i in (4, 5)] if found and alone else [None] * 2
+            rows.append([shape, layout, count, *(found or [None] * 6), *shares, why])
+            print(rows[-1], flush=True)
     if given.plot:
-        plot([row for row in rows if row[1] != "one device"], given.plot)
-    report(given, {}, COLUMNS, [row for row in rows if row[1] == "one device" or row[2] > 1])
+        plot(rows, given.plot)
+    report(given, {}, COLUMNS, rows)
 
 
 if __name__ == "__main__":
