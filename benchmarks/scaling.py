@@ -68,9 +68,7 @@ def plot(rows: list[list], path: str) -> None:
 def main() -> None:
     def also(parser):
         parser.add_argument("--plot", default="", help="PNG file for the curves")
-        parser.add_argument(
-            "--read", nargs="*", default=[], help="draw what earlier runs wrote with --out, no more"
-        )
+        parser.add_argument("--read", nargs="*", default=[], help="draw what earlier runs wrote with --out, no more")
 
     given = arguments("benchmarks.scaling", __doc__, SIZES, TINY, also)
     if given.read:
