@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import cli
+from configs.schema import RunConfig
 from infinite_jax import changes, gate, grader_watch, record, rollback, run_folder, safety
-from infinite_jax.session import open_session, set_up_runtime
+from infinite_jax.changes import Changes
+from infinite_jax.gate import Screened
+from infinite_jax.session import Session, open_session, set_up_runtime
 from infinite_jax.train import evaluate, evaluation_file, train
+from infinite_jax.types import RunState
 from sharding import exchange, multihost
 
 
@@ -44,40 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.HALTED
         session = open_session(config, screened.domains)
         try:
-            run_folder.check_data(run_dir, session.data_sha256)
-            # one copy of the state at a time: the fresh one is freed before the saved one is read
-            session, state = session._replace(state=None), session.state
-            abstract, start, entry = run_folder.abstract(state), None, None
-            known = run_folder.saved_changes(run_dir)
-            if not run_folder.checkpoints(run_dir).steps() and rollback.journal(run_dir):
-                raise ValueError(f"{run_dir}: it went back to a checkpoint, and none is left: copy one from a backup")
+            fresh, session = session.state, session._replace(state=None)
+            abstract = run_folder.abstract(fresh)
             if run_folder.checkpoints(run_dir).steps():
-                state = None
-                start, state, entry = rollback.restore(session, run_dir, abstract, known + changes.entry(asked, 0))
-                if start >= config.run.steps:
-                    raise ValueError(
-                        f"run.steps={config.run.steps}: the run is at step {start} already; give a larger one"
-                    )
-                if 0 < config.run.tokens <= state.tokens:
-                    raise ValueError(
-                        f"run.tokens={config.run.tokens}: the run has generated {state.tokens} already; give more, or 0"
-                    )
-            if config.upgrade.active and start is not None:
-                safety.start(session, run_dir, evaluation_file(run_dir, 0))  # what it reads has to be there
-            config = changes.date(config, asked, start or 0)
-            session = session._replace(config=config)
-            state, new = changes.grow(session, state)
-            state = rollback.returned(session, state, entry, start)
-            exchange.barrier("resume:read")  # before the first process changes what the others read
-            if multihost.is_first():
-                grader_watch.check_saved(config, run_dir, start)
-            if entry:
-                rollback.settle(run_dir, entry, start)
-            if multihost.is_first():
-                if not entry:
-                    record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
-                run_folder.save_config(run_dir, config, session.data_sha256, known + changes.entry(asked, start or 0))
-                gate.write(run_dir / gate.FOLDER, screened)
+                fresh = None  # one copy at a time: freed before the saved one is read
+            session, state, start, new = _continued(session, fresh, abstract, run_dir, asked, screened)
         except BaseException:
             session.close()
             raise
@@ -96,6 +71,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = train(session, run_dir, state, start)
     multihost.shutdown()
     return code
+
+
+def _continued(session: Session, fresh: RunState | None, abstract, run_dir: Path, asked: Changes, screened: Screened):
+    """Session, state, the step it was saved at, or None, and the names of new domains; the folder is as of that step.
+
+    Nothing is written before every process has read all of it. fresh: the state to begin with where none is saved.
+    """
+    run_folder.check_data(run_dir, session.data_sha256)
+    known, state, start, entry = run_folder.saved_changes(run_dir), fresh, None, None
+    if fresh is None:
+        start, state, entry = rollback.restore(session, run_dir, abstract, known + changes.entry(asked, 0))
+        _check_room(session.config.run, start, state.tokens)
+    elif rollback.journal(run_dir):
+        raise ValueError(f"{run_dir}: it went back to a checkpoint, and none is left: copy one from a backup")
+    if session.config.upgrade.active and start is not None:
+        safety.start(session, run_dir, evaluation_file(run_dir, 0))  # what it reads has to be there
+    session = session._replace(config=changes.date(session.config, asked, start or 0))
+    state, new = changes.grow(session, state)
+    state = rollback.returned(session, state, entry, start)
+    exchange.barrier("resume:read")  # before the first process changes what the others read
+    if multihost.is_first():
+        grader_watch.check_saved(session.config, run_dir, start)
+    if entry:
+        rollback.settle(run_dir, entry, start)
+    if multihost.is_first():
+        if not entry:
+            record.truncate_after(run_dir, start, run_folder.saved_eval_every(run_dir))
+        happened = known + changes.entry(asked, start or 0)
+        run_folder.save_config(run_dir, session.config, session.data_sha256, happened)
+        gate.write(run_dir / gate.FOLDER, screened)
+    return session, state, start, new
+
+
+def _check_room(run: RunConfig, start: int, tokens: int) -> None:
+    if start >= run.steps:
+        raise ValueError(f"run.steps={run.steps}: the run is at step {start} already; give a larger one")
+    if 0 < run.tokens <= tokens:
+        raise ValueError(f"run.tokens={run.tokens}: the run has generated {tokens} already; give more, or 0")
 
 
 if __name__ == "__main__":
