@@ -85,6 +85,8 @@ def needs_copy(config: DecoderConfig, params, here: Mesh, mesh: Mesh) -> bool:
     """Whether `sync` makes a copy of parameters, or of their shapes and dtypes, that lie on the mesh `here`."""
     if here != mesh or mesh.shape["fsdp"] * mesh.shape["seq"] > 1 or lora.adapted(params):
         return True
+    if config.unrolled and "layers" in params:  # said without tracing every layer once a step
+        return True
     dtypes = functools.partial(jax.tree.map, lambda leaf: leaf.dtype)
     return dtypes(params) != dtypes(jax.eval_shape(lambda params: policy.sampled(config, params), params))
 
@@ -102,6 +104,7 @@ def _cast(config: DecoderConfig, here: Mesh, there: Mesh):
     return jax.jit(cast, out_shardings=_placement(config, there))
 
 
+@functools.cache
 def _placement(config: DecoderConfig, mesh: Mesh):
     shapes = jax.eval_shape(lambda params: policy.sampled(config, params), policy.abstract_params(config))
     return tree_shardings(mesh, policy.sampled_axes(config), shapes)
@@ -114,8 +117,7 @@ def generate(
     """Samples group_size completions of each prompt. The key is consumed: step t draws with fold_in(key, t).
 
     Args:
-      params: as `sync` gives them; others are brought into that form by the program itself, which for layers out of a
-        stack takes long to compile on GPUs, where XLA tunes each slice's product anew.
+      params: as `sync` gives them; others are brought into that form by the program itself.
       prompt_PT: i32, left-aligned, padded with pad_id.
       length_P: i32 >= 1, tokens of each prompt.
 

@@ -7,7 +7,7 @@ Parameters may be stored in another dtype and are cast where they are used; what
 there, a layer at a time, and its gradient scattered. All layers are one `nn.scan`: their parameters are stacked on axis
 0, which keeps compilation time independent of depth. Parameters may hold `layers_0`, `layers_1`, ... in place of
 `layers`, each without the leading L: then there is no scan, which makes decoding faster on GPUs (models/policy.py:
-apart) and compilation longer with every layer, 13 s in place of 6 for the sampling of 24 layers on an H200.
+apart) and compilation longer with every layer, about twice as long for 24 of them.
 
 Dimensions beyond infinite_jax/types.py: Q = H / K query heads of one key/value head, S = Q + 2, C completion slots.
 Parameters: embed [V, E], final_norm [E], head [E, V] unless tied, and `layers`, in which each has a leading L:

@@ -41,7 +41,8 @@ def apart(config: DecoderConfig, params: dict) -> dict:
     """`layers_0`, `layers_1`, ... in place of `layers`: each layer's parameters as arrays of their own.
 
     For a decoding loop on GPUs: in a loop over a stack, XLA copies each layer's weights out of it for every token. To
-    be done before the decoding loop; slices of the stack within it are no better. What is apart stays as it is.
+    be done before the decoding loop: sliced within it, 24 layers did not compile in a minute. What is apart stays as it
+    is.
     """
     if "layers" not in params:
         return params

@@ -11,39 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from append_test import GEMMA, LLAMA, random_params
 from jax.sharding import NamedSharding, PartitionSpec
-from transformers import Gemma3TextConfig, LlamaConfig
 
 from configs.cli import compose_config
 from infinite_jax import plan
 from infinite_jax.planning import chips, programs
 from infinite_jax.rollout import Sampling, _cast, generate, sync
 from models import lora, policy, source
-from models.architectures import LoraConfig, from_hf
+from models.architectures import LoraConfig
 from sharding.mesh import build
 
-SHAPE = dict(
-    vocab_size=29, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    max_position_embeddings=64,
-)  # fmt: skip
-LLAMA = from_hf(LlamaConfig(num_hidden_layers=2, tie_word_embeddings=True, **SHAPE))
-GEMMA = from_hf(
-    Gemma3TextConfig(
-        num_hidden_layers=3, sliding_window=3, sliding_window_pattern=3, query_pre_attn_scalar=8, **SHAPE
-    )
-)  # fmt: skip
 SAMPLING = Sampling(1.0, 0, 1.0, 7, 3, (1,), 0)
 PROMPT, LENGTH = np.array([[5, 6, 7, 8, 9], [3, 4, 0, 0, 0]], np.int32), np.array([5, 2], np.int32)
 
 
 def unrolled(config, **changes):
     return dataclasses.replace(config, unrolled=True, **changes)
-
-
-def random_params(config, scale=0.3):
-    leaves, tree = jax.tree.flatten(policy.abstract_params(config))
-    rng = np.random.default_rng(0)
-    return tree.unflatten([jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
 
 
 @functools.cache
