@@ -8,6 +8,10 @@ Random weights; every device adds --prompts prompts of --prompt tokens with --gr
 each. Layouts: data (parameters on every device), fsdp (split over all), fsdp_tensor (tensor 2, the rest fsdp); all
 sample with whole models on every device. Rollout tokens are the generated ones; a step's are those and the prompts',
 once. Efficiency: tokens/s a device over that of one device alone. --counts: 0 = powers of two up to all devices.
+
+Several processes, as launch/process_per_gpu.sh starts training's, are named by JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES, JAX_PROCESS_ID and JAX_LOCAL_DEVICE_IDS: then --counts is that of all devices. The first measures its
+device alone while the others wait, and prints.
 """
 
 import itertools
@@ -19,6 +23,7 @@ import jax
 
 from benchmarks import grpo_step
 from benchmarks.measure import arguments, attempt, numbers, report
+from sharding import exchange, multihost
 
 SIZES = {"shapes": "qwen2_5_0_5b,qwen2_5_1_5b", "layouts": "data,fsdp,fsdp_tensor", "counts": "0", "prompts": 32}
 SIZES |= {"group": 8, "prompt": 256, "new": 256, "microbatches": 1, "remat": "full", "attention": "auto"}
@@ -74,12 +79,14 @@ def main() -> None:
     if given.read:
         plot([row for path in given.read for row in json.loads(Path(path).read_text())["rows"]], given.plot)
         return
+    multihost.initialize(multihost.Given())
     counts = numbers(given.counts)
     if counts == [0]:
         counts = [2**power for power in range(jax.device_count().bit_length())]
     rows = []
     for shape in given.shapes.split(","):
-        alone, why = attempt(lambda s=shape: measure(given, s, "data", 1))
+        alone, why = attempt(lambda s=shape: measure(given, s, "data", 1)) if multihost.is_first() else (None, None)
+        exchange.barrier(f"{shape} alone")
         rows.append([shape, "one device", 1, *(alone or [None] * 6), 1.0, 1.0, why])
         print(rows[-1], flush=True)
         for layout, count in itertools.product(given.layouts.split(","), [count for count in counts if count > 1]):
@@ -87,9 +94,11 @@ def main() -> None:
             shares = [found[i] / alone[i] for i in (4, 5)] if found and alone else [None] * 2
             rows.append([shape, layout, count, *(found or [None] * 6), *shares, why])
             print(rows[-1], flush=True)
-    if given.plot:
-        plot(rows, given.plot)
-    report(given, {}, COLUMNS, rows)
+    if multihost.is_first():
+        if given.plot:
+            plot(rows, given.plot)
+        report(given, {"processes": jax.process_count()}, COLUMNS, rows)
+    multihost.shutdown()
 
 
 if __name__ == "__main__":
