@@ -25,6 +25,7 @@ sorted by kind. Related: prioritized level replay (Jiang et al. 2021) mixes a sc
 this way; its ranks are left out, since sorting costs more than the rest of the draw.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -90,9 +91,7 @@ def probabilities(config: PromptConfig, where: Layout, state: PromptState, count
     chex.assert_equal_shape([state.acc_ema, where.stream_N])
     size_S = jnp.maximum(jnp.asarray(where.size_S), 1)
 
-    def total(x_N):
-        return jax.ops.segment_sum(x_N, where.stream_N, len(where.size_S), indices_are_sorted=True)
-
+    total = functools.partial(_totals, where)
     never_N = state.visits == 0
     waited_N = (state.drawn_S[where.stream_N] - state.last_seen) / size_S[where.stream_N]
     stale_N = jnp.where(never_N, 1.0, -jnp.expm1(-waited_N))
@@ -161,8 +160,9 @@ def update(
     """
     chex.assert_equal_shape([index_P, pass_P, valid_P])
     valid_P = valid_P & jnp.isfinite(pass_P)
-    graded_P = jnp.zeros_like(state.acc_ema).at[index_P].add(valid_P.astype(jnp.float32))[index_P]
-    sum_P = jnp.zeros_like(state.acc_ema).at[index_P].add(jnp.where(valid_P, pass_P, 0.0))[index_P]
+    groups_PP = (index_P[:, None] == index_P) & valid_P  # of a slot's prompt, in all slots
+    graded_P = groups_PP.sum(1).astype(jnp.float32)
+    sum_P = jnp.where(groups_PP, pass_P, 0.0).sum(1)
     moving_P = 1 - (1 - config.beta) ** graded_P  # not by a logarithm: beta = 1 and no group at all is 0
     w_P = jnp.maximum(moving_P, graded_P / (state.visits[index_P] + 1))
     old_P = state.acc_ema[index_P]
@@ -177,10 +177,25 @@ def metrics(where: Layout, state: PromptState) -> dict[str, jax.Array]:
     """
 
     def mean(x_N):
-        total_S = jax.ops.segment_sum(x_N, where.stream_N, len(where.size_S), indices_are_sorted=True)
-        return jnp.where(where.size_S > 0, total_S / jnp.maximum(where.size_S, 1), jnp.nan)
+        return jnp.where(where.size_S > 0, _totals(where, x_N) / jnp.maximum(where.size_S, 1), jnp.nan)
 
     return {
         "covered": mean((state.visits > 0).astype(jnp.float32)),
         "uncertainty": mean(4 * state.acc_ema * (1 - state.acc_ema)),
     }
+
+
+def _totals(where: Layout, x_N: jax.Array) -> jax.Array:
+    """f32[S], the sum of each stream, by a tree of sums that begins anew where a stream does.
+
+    Not by a scatter, which on a GPU adds in any order: processes must come to the same draw.
+    """
+    begins_N = jnp.diff(where.stream_N, prepend=-1) != 0
+
+    def combine(before, after):
+        (sum_a, begins_a), (sum_b, begins_b) = before, after
+        return jnp.where(begins_b, sum_b, sum_a + sum_b), begins_a | begins_b
+
+    sums_N, _ = jax.lax.associative_scan(combine, (x_N, begins_N))
+    last_S = jnp.maximum(where.start_S + where.size_S - 1, 0)
+    return jnp.where(where.size_S > 0, sums_N[last_S], 0.0)

@@ -172,8 +172,9 @@ def statistics(
     columns = (group_P, passed_P, grade_PG.sum(1), (grade_PG**2).sum(1), rows_P, equal_P, abs_adv_P)
     columns += (jnp.ones_like(rows_P), passed_P**2, cost_P, norm_adv_P)
     columns_PS = jnp.stack(columns, axis=1).astype(jnp.float32)
-    sums_DS = jax.ops.segment_sum(columns_PS, domain_P, num_segments=num_domains)
-    return DomainStats(*sums_DS.T)
+    # no scatter: on a GPU it adds in any order, and processes must come to the same bits
+    of_DP = domain_P == jnp.arange(num_domains)[:, None]
+    return DomainStats(*jnp.where(of_DP[:, None], columns_PS.T, 0.0).sum(2).T)
 
 
 def init(config: CurriculumConfig, seed, members: Roster) -> TriageState:

@@ -57,11 +57,11 @@ def foresight(
     well be constant; NaN where the domain has no token, the second also where its rewards agree to a
     hundredth.
     """
-    domain_BT = jnp.where(mask_BT, domain_B[:, None], num_domains).reshape(-1)
+    of_DB = domain_B == jnp.arange(num_domains)[:, None]
 
-    def mean(x_BT):  # outside the mask the index is past the end, and dropped
-        total_D = jnp.zeros(num_domains).at[domain_BT].add(x_BT.reshape(-1), mode="drop")
-        return total_D / jnp.zeros(num_domains).at[domain_BT].add(1.0, mode="drop")
+    def mean(x_BT):
+        total_B, tokens_B = jnp.where(mask_BT, x_BT, 0.0).sum(1), mask_BT.sum(1)
+        return jnp.where(of_DB, total_B, 0.0).sum(1) / jnp.where(of_DB, tokens_B, 0).sum(1)
 
     def variance(x_BT):
         return mean((x_BT - jnp.take(mean(x_BT), domain_B, mode="clip")[:, None]) ** 2)
