@@ -28,6 +28,7 @@ from sharding import exchange, multihost
 SIZES = {"shapes": "qwen2_5_0_5b,qwen2_5_1_5b", "layouts": "data,fsdp,fsdp_tensor", "counts": "0", "prompts": 32}
 SIZES |= {"group": 8, "prompt": 256, "new": 256, "microbatches": 1, "remat": "full", "attention": "auto"}
 TINY = {"shapes": "tiny", "prompts": 2, "group": 2, "prompt": 8, "new": 8, "microbatches": 1}
+OWN_PROCESS = ", a process each"
 COLUMNS = ["shape", "layout", "devices", "rollout s", "score s", "update s", "step s", "rollout tokens/s a device"]
 COLUMNS += ["step tokens/s a device", "rollout efficiency", "step efficiency", "not run"]
 
@@ -55,19 +56,32 @@ def measure(given, shape: str, layout: str, count: int) -> list[float]:
 
 
 def plot(rows: list[list], path: str) -> None:
+    """Curves a shape and layout; dashed where each device has a process of its own. The axis does not begin at 0."""
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 4), layout="constrained")
+    figure = Figure((9, 4.5), layout="constrained")
     many = [row for row in rows if row[2] > 1]
+    names = list(dict.fromkeys((row[0], row[1].removesuffix(OWN_PROCESS)) for row in many))
     for axes, column, title in zip(figure.subplots(1, 2, sharey=True), (9, 10), ("rollout", "whole step")):
         for shape, layout in dict.fromkeys((row[0], row[1]) for row in many):
+            color = f"C{names.index((shape, layout.removesuffix(OWN_PROCESS)))}"
             points = [(row[2], row[column]) for row in many if tuple(row[:2]) == (shape, layout) and row[column]]
-            axes.plot(*zip((1, 1.0), *sorted(points)), marker="o", label=f"{shape} {layout}")
+            style = {"linestyle": "--" if layout.endswith(OWN_PROCESS) else "-", "color": color, "marker": "."}
+            axes.plot(*zip((1, 1.0), *sorted(points)), label=f"{shape} {layout}", **style)
         axes.axhline(1.0, color="grey", linewidth=0.8)
-        axes.set(title=title, xlabel="devices", ylim=(0, 1.15), xticks=sorted({row[2] for row in rows}))
-    axes.figure.axes[0].set_ylabel("tokens/s a device, over one device's")
-    axes.legend(fontsize=8, loc="lower left")
+        axes.set(title=title, xlabel="devices", xticks=sorted({row[2] for row in rows}))
+    axes.set_ylim(min(0.85, *(row[i] - 0.02 for row in many for i in (9, 10) if row[i])), 1.02)
+    figure.axes[0].set_ylabel("tokens/s a device, over one device's")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
+
+
+def read(path: str) -> list[list]:
+    """The rows that a run wrote; of several processes the layouts say so."""
+    found = json.loads(Path(path).read_text())
+    if found.get("processes", 1) == 1:
+        return found["rows"]
+    return [[shape, f"{layout}{OWN_PROCESS}", *row] for shape, layout, *row in found["rows"]]
 
 
 def main() -> None:
@@ -77,7 +91,7 @@ def main() -> None:
 
     given = arguments("benchmarks.scaling", __doc__, SIZES, TINY, also)
     if given.read:
-        plot([row for path in given.read for row in json.loads(Path(path).read_text())["rows"]], given.plot)
+        plot([row for path in given.read for row in read(path)], given.plot)
         return
     multihost.initialize(multihost.Given())
     counts = numbers(given.counts)
