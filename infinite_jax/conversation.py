@@ -17,6 +17,7 @@ programs with the same arguments; the conversation itself stays where it was hel
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -140,18 +141,17 @@ def converse(
         made = _laid_out(sampling, prompt_PT, length_P, rows)
         cut_B = np.zeros(len(mine_B), bool)
         cut_B[: len(lines)] = [line.cut for line in lines]
-        made = made._replace(done_B=made.done_B & ~exchange.rows(mine_B, (cut_B,))[0])
-        made = Generated(*map(placed, made))
+        (cut_B,) = exchange.rows(mine_B, (cut_B,))
+        made = Generated(*map(placed, made._replace(done_B=made.done_B & ~cut_B)))
     turns_B = np.array([line.turns for line in lines], np.int32)
     messages = [line.messages if line.mine else None for line in lines]
     return Conversed(made, messages, [line.reason for line in lines], turns_B)
 
 
 def grade(environments: Environments, prompt_B: Sequence[Prompt], conversed: Conversed) -> dict[int, Result]:
-    """What the environments make of the conversations that this process has, by row; without the rows of domains of
-    single replies."""
-    held = [b for b, messages in enumerate(conversed.messages) if messages is not None]
-    rows = [b for b in held if environments.of_domain[prompt_B[b].domain] is not None]
+    """What the environments make of this process's conversations, by row; without rows of domains of single replies."""
+    talks_B = [environments.of_domain[prompt.domain] is not None for prompt in prompt_B]
+    rows = [b for b, messages in enumerate(conversed.messages) if messages is not None and talks_B[b]]
     asked = [b for b in rows if not conversed.reasons[b]]
     results = environments.grade(
         [prompt_B[b].domain for b in asked],
@@ -175,10 +175,8 @@ def shown(chosen: Sequence[Prompt], conversed: Conversed) -> list[str | None]:
             return said[0]["content"]
         return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in said)
 
-    return [
-        messages and text(messages[len(chosen[b // group].row["messages"]) :])
-        for b, messages in enumerate(conversed.messages)
-    ]
+    begins_B = [len(chosen[b // group].row["messages"]) for b in range(len(conversed.messages))]
+    return [messages and text(messages[begin:]) for begin, messages in zip(begins_B, conversed.messages)]
 
 
 @dataclass
@@ -224,7 +222,7 @@ def _interleave(
             per_row = (start_B, *map(placed, (ids_BA, adds_B, before_B, listens_B)))
             rows, left_B = program(rows, talk.table_XV, *per_row, patience)
         found = _answers(talk, sampling, lines, [b for b in waiting if lines[b].mine])  # while the device works
-        added = _told(found) if waiting else {}
+        added = dict(itertools.chain.from_iterable(exchange.gather([*found.items()]))) if waiting else {}
         waiting = []
         if before_B.any():
             active_B, length_B, ended_B = exchange.whole((left_B, rows.length_B, rows.ended_B))
@@ -247,11 +245,6 @@ def _finish(talk: Talk, sampling: Sampling, line: _Line, ids: list[int], ended: 
         line.messages.append({"role": "assistant", "content": text})
         line.begins, line.closed = len(ids), ids[-1] in sampling.stop_ids
     return asked
-
-
-def _told(found: dict[int, list[int]]) -> dict[int, list[int]]:
-    """What every process found for its rows."""
-    return {b: ids for part in exchange.gather([*found.items()]) for b, ids in part}
 
 
 def _answers(talk: Talk, sampling: Sampling, lines: Sequence[_Line], waiting: Sequence[int]) -> dict[int, list[int]]:
