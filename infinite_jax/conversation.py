@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from infinite_jax import stop_strings, turns
 from infinite_jax.placement import place
@@ -77,7 +77,7 @@ def prepare(
     stops_D = [tuple(getattr(environment, "stops", ())) for environment in environments.of_domain]
     table = stop_strings.build(tokenizer, vocab_size, stops_D)
     start_D = np.array([table.start[stops] for stops in stops_D], np.int32)
-    table_XV = jax.device_put(table.next_XV, NamedSharding(mesh, PartitionSpec()))
+    table_XV = exchange.replicated(mesh, table.next_XV)
     return Talk(environments, tokenizer, apply_chat_template, max_turns, chunk, mesh, table_XV, start_D)
 
 

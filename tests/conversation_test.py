@@ -245,7 +245,7 @@ class Two:
         (_, theirs), (second_B, others) = self.gather((mine_B, arrays))
         return tuple(np.where(second_B, other, x) for x, other in zip(theirs, others))
 
-    whole = staticmethod(exchange.whole)
+    whole, replicated = staticmethod(exchange.whole), staticmethod(exchange.replicated)
 
 
 def test_each_of_two_processes_asks_for_its_rows_and_both_call_the_same_programs(environments, monkeypatch):
