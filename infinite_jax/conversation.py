@@ -9,18 +9,22 @@ host asks the environments of those that wait, and returns when a quarter of the
 When that is changes no row (infinite_jax/turns.py), and the order of events depends on nothing but the rows.
 
 A row is over when its environment has no further turn, its turns are used up, it is cut off by max_new_tokens, or what
-would follow leaves no room for a token. A reply that was cut off is not shown to the environment. Left out: several
-processes, which infinite_jax/session.py refuses.
+would follow leaves no room for a token. A reply that was cut off is not shown to the environment.
+
+Of several processes each reads, answers and grades the rows of which it holds the first replica. What the others must
+know of a row, they are told: whether its turn is over and, in ids, what its environment said. So all call the same
+programs with the same arguments; the conversation itself stays where it was held.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from infinite_jax import stop_strings, turns
 from infinite_jax.placement import place
@@ -31,6 +35,7 @@ from models.architectures import DecoderConfig
 from rubric.environments.protocol import Environment, Message
 from rubric.environments.runner import Environments
 from rubric.pool import Result
+from sharding import exchange
 
 PATIENCE = 4  # the host is called when one in so many of the rows that will need it waits
 
@@ -52,8 +57,8 @@ class Conversed(NamedTuple):
     """B = P x G rows, as rollout.generate gives them, and what was said in them."""
 
     made: Generated  # the loss mask has gaps; done_B: the policy ended its last turn, and nothing was to follow it
-    messages: list[list[Message]]  # the row's own, then the turns of policy and environment
-    reasons: list[str]  # why the row is invalid, "" where it is not
+    messages: list[list[Message] | None]  # the row's own, then turns of policy and environment; None: another process'
+    reasons: list[str]  # why the row is invalid, "" where it is not, or another process has it
     turns_B: np.ndarray  # i32, of the policy
 
 
@@ -72,7 +77,7 @@ def prepare(
     stops_D = [tuple(getattr(environment, "stops", ())) for environment in environments.of_domain]
     table = stop_strings.build(tokenizer, vocab_size, stops_D)
     start_D = np.array([table.start[stops] for stops in stops_D], np.int32)
-    table_XV = jax.device_put(table.next_XV, NamedSharding(mesh, PartitionSpec()))
+    table_XV = exchange.replicated(mesh, table.next_XV)
     return Talk(environments, tokenizer, apply_chat_template, max_turns, chunk, mesh, table_XV, start_D)
 
 
@@ -112,6 +117,8 @@ def converse(
 ) -> Conversed:
     """group_size conversations from each prompt. The key is consumed: a token's is folded from its row and slot.
 
+    All processes call it together, with the same arguments.
+
     Args:
       params: as rollout.sync gives them, on talk.mesh.
       chosen: the prompts that prompt_PT, length_P (prompts.pad) hold; the rows of those behind them stay empty.
@@ -124,18 +131,27 @@ def converse(
     with jax.set_mesh(talk.mesh):
         placed = functools.partial(place, talk.mesh)
         prefix, ahead_P, rows = turns.begin(decoder, sampling, params, placed(prompt_PT), placed(length_P))
+        start_B = placed(_starts(talk, lines, len(rows.length_B)))
+        mine_B = exchange.mine(start_B)
+        for line, mine in zip(lines, mine_B):
+            line.mine = bool(mine)
         context = turns.Context(params, prefix, ahead_P, key)
         program = functools.partial(turns.go_on, decoder, sampling, talk.chunk, context)
-        rows = _interleave(talk, sampling, program, rows, lines)
-        made = _laid_out(sampling, prompt_PT, length_P, lines, jax.device_get(rows._replace(cache=None)))
-        made = Generated(*map(placed, made))
+        rows = _interleave(talk, sampling, program, rows, start_B, lines)
+        made = _laid_out(sampling, prompt_PT, length_P, rows)
+        cut_B = np.zeros(len(mine_B), bool)
+        cut_B[: len(lines)] = [line.cut for line in lines]
+        (cut_B,) = exchange.rows(mine_B, (cut_B,))
+        made = Generated(*map(placed, made._replace(done_B=made.done_B & ~cut_B)))
     turns_B = np.array([line.turns for line in lines], np.int32)
-    return Conversed(made, [line.messages for line in lines], [line.reason for line in lines], turns_B)
+    messages = [line.messages if line.mine else None for line in lines]
+    return Conversed(made, messages, [line.reason for line in lines], turns_B)
 
 
 def grade(environments: Environments, prompt_B: Sequence[Prompt], conversed: Conversed) -> dict[int, Result]:
-    """What the environments make of the conversations, by row; without the rows of domains of single replies."""
-    rows = [b for b, prompt in enumerate(prompt_B) if environments.of_domain[prompt.domain] is not None]
+    """What the environments make of this process's conversations, by row; without rows of domains of single replies."""
+    talks_B = [environments.of_domain[prompt.domain] is not None for prompt in prompt_B]
+    rows = [b for b, messages in enumerate(conversed.messages) if messages is not None and talks_B[b]]
     asked = [b for b in rows if not conversed.reasons[b]]
     results = environments.grade(
         [prompt_B[b].domain for b in asked],
@@ -145,28 +161,32 @@ def grade(environments: Environments, prompt_B: Sequence[Prompt], conversed: Con
     return {b: Result(None, conversed.reasons[b]) for b in rows} | dict(zip(asked, results))
 
 
-def last_turns(conversed: Conversed) -> list[str]:
-    """What the policy said last in each row: what graders of single replies read."""
-    return [messages[-1]["content"] for messages in conversed.messages]
+def last_turns(conversed: Conversed) -> list[str | None]:
+    """What the policy said last in each row: what graders of single replies read. None: another process has the row."""
+    return [messages and messages[-1]["content"] for messages in conversed.messages]
 
 
-def shown(chosen: Sequence[Prompt], conversed: Conversed) -> list[str]:
+def shown(chosen: Sequence[Prompt], conversed: Conversed) -> list[str | None]:
     """What followed each row's prompt, for people to read: a single reply as it is, several turns with their roles."""
     group = len(conversed.messages) // len(chosen)
-    said_B = [messages[len(chosen[b // group].row["messages"]) :] for b, messages in enumerate(conversed.messages)]
-    return [
-        said[0]["content"] if len(said) == 1 else "\n".join(f"[{turn['role']}] {turn['content']}" for turn in said)
-        for said in said_B
-    ]
+
+    def text(said: Sequence[Message]) -> str:
+        if len(said) == 1:
+            return said[0]["content"]
+        return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in said)
+
+    begins_B = [len(chosen[b // group].row["messages"]) for b in range(len(conversed.messages))]
+    return [messages and text(messages[begin:]) for begin, messages in zip(begins_B, conversed.messages)]
 
 
 @dataclass
 class _Line:
-    """A row on the host."""
+    """A row on the host. Where another process has it only its turns are known, and that they go on."""
 
     prompt: Prompt
     environment: Environment | None
     messages: list[Message]
+    mine: bool = True  # this process has it
     turns: int = 0  # of the policy, finished
     begins: int = 0  # tokens of the completion before the present turn
     closed: bool = False  # by the policy's own token, which the template need not add
@@ -178,12 +198,18 @@ class _Line:
         return self.environment is not None and self.turns + 1 < max_turns
 
 
-def _interleave(talk: Talk, sampling: Sampling, program, rows: turns.Rows, lines: Sequence[_Line]) -> turns.Rows:
-    """All turns of all rows."""
-    placed, number = functools.partial(place, talk.mesh), len(rows.length_B)
+def _starts(talk: Talk, lines: Sequence[_Line], number: int) -> np.ndarray:
+    """i32[B], the state of stop_strings in which each row's turns begin."""
     start_B = np.full(number, stop_strings.NEVER, np.int32)
     start_B[: len(lines)] = talk.start_D[[line.prompt.domain for line in lines]]
-    start_B = placed(start_B)
+    return start_B
+
+
+def _interleave(
+    talk: Talk, sampling: Sampling, program, rows: turns.Rows, start_B: jax.Array, lines: Sequence[_Line]
+) -> turns.Rows:
+    """All turns of all rows."""
+    placed, number = functools.partial(place, talk.mesh), len(rows.length_B)
     active_B = np.arange(number) < len(lines)
     waiting: list[int] = []
     added: dict[int, list[int]] = {}
@@ -195,12 +221,12 @@ def _interleave(talk: Talk, sampling: Sampling, program, rows: turns.Rows, lines
             ids_BA, adds_B = _padded(added, number, sampling)
             per_row = (start_B, *map(placed, (ids_BA, adds_B, before_B, listens_B)))
             rows, left_B = program(rows, talk.table_XV, *per_row, patience)
-        added = _answers(talk, sampling, lines, waiting)  # while the device works
+        found = _answers(talk, sampling, lines, [b for b in waiting if lines[b].mine])  # while the device works
+        added = dict(itertools.chain.from_iterable(exchange.gather([*found.items()]))) if waiting else {}
         waiting = []
         if before_B.any():
-            active_B, tokens_BS, length_B, ended_B = jax.device_get(
-                (left_B, rows.tokens_BS, rows.length_B, rows.ended_B)
-            )
+            active_B, length_B, ended_B = exchange.whole((left_B, rows.length_B, rows.ended_B))
+            (tokens_BS,) = exchange.near((rows.tokens_BS,))
             for b in np.flatnonzero(before_B & ~active_B):
                 ids = tokens_BS[b, 1 : 1 + length_B[b]].tolist()
                 if _finish(talk, sampling, lines[b], ids, bool(ended_B[b])):
@@ -213,9 +239,11 @@ def _interleave(talk: Talk, sampling: Sampling, program, rows: turns.Rows, lines
 def _finish(talk: Talk, sampling: Sampling, line: _Line, ids: list[int], ended: bool) -> bool:
     """Notes the turn that ends with the completion's `ids`; whether the environment is to be asked."""
     asked = ended and line.listens(talk.max_turns)
-    text = chat.decode(talk.tokenizer, ids[line.begins :])
-    line.messages.append({"role": "assistant", "content": text})
-    line.turns, line.begins, line.closed = line.turns + 1, len(ids), ids[-1] in sampling.stop_ids
+    line.turns += 1
+    if line.mine:
+        text = chat.decode(talk.tokenizer, ids[line.begins :])
+        line.messages.append({"role": "assistant", "content": text})
+        line.begins, line.closed = len(ids), ids[-1] in sampling.stop_ids
     return asked
 
 
@@ -255,16 +283,17 @@ def _padded(added: dict[int, list[int]], rows: int, sampling: Sampling) -> tuple
     return ids_BA, adds_B
 
 
-def _laid_out(sampling: Sampling, prompt_PT, length_P, lines: Sequence[_Line], rows: turns.Rows) -> Generated:
-    """Host arrays: each completion right behind its prompt."""
+def _laid_out(sampling: Sampling, prompt_PT, length_P, rows: turns.Rows) -> Generated:
+    """Host arrays: each completion right behind its prompt, where the row lies on this process's devices."""
     prompt_BT = np.repeat(prompt_PT, sampling.group_size, axis=0)
     tokens_BT = np.pad(prompt_BT, ((0, 0), (0, sampling.max_new_tokens)), constant_values=sampling.pad_id)
     mask_BT, logp_BT = np.zeros(tokens_BT.shape, bool), np.zeros(tokens_BT.shape, np.float32)
-    for b, length in enumerate(rows.length_B):
+    *rows_BS, length_B, ended_B = exchange.near(
+        (rows.tokens_BS, rows.sampled_BS, rows.logp_BS, rows.length_B, rows.ended_B)
+    )
+    for b, length in enumerate(length_B):
         start = length_P[b // sampling.group_size]
         tokens_BT[b, start:] = sampling.pad_id
-        for into_BT, rows_BS in zip((tokens_BT, mask_BT, logp_BT), (rows.tokens_BS, rows.sampled_BS, rows.logp_BS)):
-            into_BT[b, start : start + length] = rows_BS[b, 1 : 1 + length]
-    done_B = np.array(rows.ended_B)
-    done_B[: len(lines)] &= ~np.array([line.cut for line in lines], bool)
-    return Generated(tokens_BT, mask_BT, logp_BT, done_B)
+        for into_BT, from_BS in zip((tokens_BT, mask_BT, logp_BT), rows_BS):
+            into_BT[b, start : start + length] = from_BS[b, 1 : 1 + length]
+    return Generated(tokens_BT, mask_BT, logp_BT, ended_B)

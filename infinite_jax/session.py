@@ -30,7 +30,6 @@ from infinite_jax.types import Params, RunState
 from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
 from rubric import schema
-from rubric.environments import registry
 from rubric.environments.runner import Environments
 from rubric.evaluator import RubricEvaluator, is_fixed
 from sharding import exchange
@@ -102,8 +101,6 @@ def open_session(config: Config, rows: list[Domain] | None = None) -> Session:
 
 def load(config: Config, rows: list[Domain] | None = None) -> tuple[Loaded, Params]:
     """The files, and the model's parameters on the mesh."""
-    if jax.process_count() > 1:
-        _refuse_conversations(config, jax.process_count())
     sizes = sized(config, source.network(config.model))
     mesh = make_mesh(sizes)
     text = source.load_tokenizer(config.model)
@@ -248,15 +245,6 @@ def _tokenised(
         train.append({level: tokenised(rows) for level, rows in domain.train_levels.items()})
         test.append(tokenised(domain.test_rows))
     return train, test
-
-
-def _refuse_conversations(config: Config, processes: int) -> None:
-    for number, domain in enumerate(config.domains):
-        if registry.is_multi_turn(domain.environment):
-            raise ValueError(
-                f"domains[{number}].environment {domain.environment!r}: an environment of several turns needs one "
-                f"process, and there are {processes}: leave the domain out or start one process for all devices"
-            )
 
 
 def _all(train: list[dict[int, list]]) -> list[list]:

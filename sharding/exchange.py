@@ -62,11 +62,12 @@ def replicated(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def whole(x: jax.Array) -> np.ndarray:
-    """A small device array on every host, however it is split."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = _laid_out(x, PartitionSpec())
-    return np.asarray(x)
+def whole(tree: Any) -> Any:
+    """Small device arrays on every host, however they are split."""
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    if any(not (x.is_fully_addressable or x.is_fully_replicated) for x in leaves):
+        tree = _laid_out(tree, leaves[0].sharding.mesh, PartitionSpec())
+    return jax.device_get(tree)
 
 
 def held(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -76,21 +77,47 @@ def held(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.arange(len(x)), np.asarray(x)
-    spec = tuple(x.sharding.spec)
-    if any(spec[1:]):  # other dimensions are split too
-        x = _laid_out(x, PartitionSpec(spec[0]))
+    x = _by_rows(x)
     parts = {part.index[0].start or 0: np.asarray(part.data) for part in x.addressable_shards if part.replica_id == 0}
     none = [np.zeros((0, *x.shape[1:]), x.dtype)]
     number_R = [first + np.arange(len(parts[first])) for first in sorted(parts)]
     return np.concatenate([np.zeros(0, int), *number_R]), np.concatenate(none + [parts[i] for i in sorted(parts)])
 
 
-def _laid_out(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    return jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, spec))(x)
+def mine(x: jax.Array) -> np.ndarray:
+    """bool[B], the rows of an array, split along them alone, of which this process holds the first replica."""
+    mine_B = np.full(len(x), x.is_fully_addressable)
+    for part in () if x.is_fully_addressable else x.addressable_shards:
+        mine_B[part.index[0]] |= part.replica_id == 0
+    return mine_B
 
 
-def _same(x: jax.Array) -> jax.Array:
-    return x
+def near(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
+    """Arrays [B, ...] with the rows on this process's devices, of whichever replica; zeros in the others.
+
+    No host gets the whole arrays, and what is made of them may go back to where they lie.
+    """
+    if all(x.is_fully_addressable for x in arrays):
+        return jax.device_get(arrays)
+    found = tuple(np.zeros(x.shape, x.dtype) for x in arrays)
+    for into, x in zip(found, map(_by_rows, arrays)):
+        for part in {part.index[0].start: part for part in x.addressable_shards}.values():
+            into[part.index] = part.data
+    return found
+
+
+def _by_rows(x: jax.Array) -> jax.Array:
+    """The array, split along its rows alone."""
+    first, *others = tuple(x.sharding.spec) or (None,)
+    return _laid_out(x, x.sharding.mesh, PartitionSpec(first)) if any(others) else x
+
+
+def _laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    return jax.jit(_same, out_shardings=NamedSharding(mesh, spec))(tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def rows(mine_B: np.ndarray, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:

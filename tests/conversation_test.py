@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ from models.architectures import from_hf
 from models.source import TINY
 from rubric.environments.protocol import Unavailable
 from rubric.environments.runner import Environments
+from sharding import exchange
 from sharding.mesh import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,6 +219,70 @@ def test_rows_depend_on_nothing_but_themselves(environments, monkeypatch):
     later = run(environments)
     assert later.messages == whole.messages
     jax.tree.map(np.testing.assert_array_equal, later.made, whole.made)
+
+
+class Two:
+    """Two processes, which are threads here: sharding/exchange.py for rows of which the second one has every third."""
+
+    def __init__(self):
+        self.own, self.said, self.together = threading.local(), {}, threading.Barrier(2, timeout=60)
+
+    def gather(self, value):
+        self.said[self.own.number] = value
+        self.together.wait()
+        found = [self.said[0], self.said[1]]
+        self.together.wait()
+        return found
+
+    def mine(self, x):
+        return (np.arange(len(x)) % 3 == 2) == self.own.number
+
+    def near(self, arrays):
+        hidden_B = ~self.mine(arrays[0])
+        return tuple(np.where(hidden_B.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in map(np.array, arrays))
+
+    def rows(self, mine_B, arrays):
+        (_, theirs), (second_B, others) = self.gather((mine_B, arrays))
+        return tuple(np.where(second_B, other, x) for x, other in zip(theirs, others))
+
+    whole, replicated = staticmethod(exchange.whole), staticmethod(exchange.replicated)
+
+
+def test_each_of_two_processes_asks_for_its_rows_and_both_call_the_same_programs(environments, monkeypatch):
+    expected = run(environments, chosen=CHOSEN[:3])
+    two, called, go_on = Two(), ([], []), turns.go_on
+
+    def recorded(*given):
+        called[two.own.number].append([np.array(x).tolist() for x in given[6:]])
+        return go_on(*given)
+
+    def process(number):
+        two.own.number, asked = number, []
+        with Environments([Chatter(), "eq", Quiet()]) as of_process:
+            interact = of_process.interact
+            monkeypatch.setattr(of_process, "interact", lambda *given: asked.extend(given[2]) or interact(*given))
+            try:
+                return run(of_process, chosen=CHOSEN[:3]), asked
+            except BaseException:
+                two.together.abort()
+                raise
+
+    monkeypatch.setattr(conversation, "exchange", two)
+    monkeypatch.setattr(conversation.turns, "go_on", recorded)
+    with ThreadPoolExecutor(2) as threads:
+        found = [*threads.map(process, range(2))]
+    assert called[0] == called[1] and len(called[0]) > 2
+    for number, (made, asked) in enumerate(found):
+        mine = [b for b in range(9) if (b % 3 == 2) == number]
+        assert asked and all(any(said is made.messages[b] for b in mine) for said in asked)
+        assert made.messages == [expected.messages[b] if b in mine else None for b in range(9)]
+        assert made.reasons == [expected.reasons[b] if b in mine else "" for b in range(9)]
+        np.testing.assert_array_equal(made.turns_B, expected.turns_B)
+        for x, y in zip(made.made, expected.made):
+            np.testing.assert_array_equal(x[mine], y[mine])
+        assert sorted(conversation.grade(environments, ROWS, made)) == [b for b in mine if ROWS[b].domain != 1]
+        assert [text is None for text in conversation.shown(CHOSEN[:3], made)] == [b not in mine for b in range(9)]
+    assert max(expected.turns_B) == TURNS
 
 
 def test_rows_do_not_depend_on_whether_layers_are_unrolled(environments):

@@ -40,11 +40,9 @@ def quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def setting(small_run, tmp_path_factory) -> list[str]:
+def chatting(small_run, folder: Path, chatter: str = CHATTER) -> list[str]:
     """Arguments of a run of seconds: a domain of conversations, one of single replies, and a step of each in turn."""
-    folder = tmp_path_factory.mktemp("setting")
-    (folder / "chatter.py").write_text(CHATTER)
+    (folder / "chatter.py").write_text(chatter)
     text = (
         "domains:\n"
         "  - name: chat\n    train: gen:copy,size=7\n    test: gen:copy,split=test,size=5\n"
@@ -59,9 +57,19 @@ def setting(small_run, tmp_path_factory) -> list[str]:
         "rubric: {workers: 1}\n"
     )
     arguments = small_run(folder, text)
-    ends = json.dumps({"eos_token_id": [261, *range(160, 230)]})  # one token in four, so that turns follow one another
-    (folder / "model" / "generation_config.json").write_text(ends)
+    often_ended(folder)
     return arguments
+
+
+def often_ended(folder: Path) -> None:
+    """One token in four ends a turn of the model in the folder."""
+    ends = json.dumps({"eos_token_id": [261, *range(160, 230)]})
+    (folder / "model" / "generation_config.json").write_text(ends)
+
+
+@pytest.fixture(scope="module")
+def setting(small_run, tmp_path_factory) -> list[str]:
+    return chatting(small_run, tmp_path_factory.mktemp("setting"))
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +168,3 @@ def test_environments_that_cannot_be_made_are_refused_before_anything_is_read(en
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         limits.validate(dataclasses.replace(config, domains=domains), 1)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_several_processes_are_refused(monkeypatch):
-    config = cli.compose_config("config", None, ["model=smollm2_135m", "domains=calculator"])
-    monkeypatch.setattr(session.jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"domains\[0\].environment 'calculator,show=no'.* there are 2: leave the"):
-        session.load(config)
