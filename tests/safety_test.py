@@ -35,6 +35,7 @@ from infinite_jax import (
     train,
     upgrade,
 )
+from infinite_jax.lock import RunLock
 from infinite_jax.types import RunState
 from sharding import exchange, multihost
 
@@ -184,6 +185,9 @@ def test_a_halted_run_is_refused_until_a_person_approves_and_goes_on_at_tier_3(h
 
 def test_an_edited_review_is_refused(halted, tmp_path, capsys):
     folder = shutil.copytree(halted, tmp_path / "run")
+    with RunLock() as lock, pytest.raises(ValueError, match="in use by process"):
+        lock.take(folder)
+        rollback.approve(folder, "Ada", "while the run puts itself away")
     rollback.approve(folder, "Ada", "looked at it")
     review = (folder / "review.json").read_text()
     (folder / "review.json").write_text(review.replace("looked at it", "ran all tests"))
