@@ -194,11 +194,11 @@ def nearest(config: Config) -> Callable[[list[str]], list[str]]:
         if multihost.is_first():
             try:
                 embedder = semantic.Embedder(config.contamination.model, config.contamination.batch)
+                cosine_TD = embedder.embed(texts) @ embedder.embed([text for _, text in described]).T
             except semantic.Unavailable as error:
                 print(f"rehearsal: prompts without a form are not assigned to domains: {error}")
                 names = [""] * len(texts)
             else:
-                cosine_TD = embedder.embed(texts) @ embedder.embed([text for _, text in described]).T
                 least = config.upgrade.writing.likeness
                 names = [described[d][0] if line[d] >= least else "" for line in cosine_TD for d in [line.argmax()]]
         return exchange.from_first(names)
