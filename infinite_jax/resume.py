@@ -100,6 +100,8 @@ def _continued(session: Session, fresh: RunState | None, abstract, run_dir: Path
     state = rollback.returned(session, state, entry, start)
     exchange.barrier("resume:read")  # before the first process changes what the others read
     if multihost.is_first():
+        if start is not None:
+            grader_watch.check_measured(session, run_dir)
         grader_watch.check_saved(session.config, run_dir, start)
     if entry:
         rollback.settle(run_dir, entry, start)
