@@ -103,21 +103,7 @@ ABOVE_ZERO = (
 
 def validate(config: Config, num_devices: int) -> None:
     """Raises ValueError, one line, on values that no run can use. Nothing has been compiled or read by then."""
-    for key, value in flat(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value}: must be a finite number")
-    for key, choices in CHOICES.items():
-        if (value := get(config, key)) not in choices:
-            raise ValueError(f"{key}={value!r}: expected one of {', '.join(choices)}")
-    for key, least in AT_LEAST.items():
-        if (value := get(config, key)) < least:
-            raise ValueError(f"{key}={value}: must be at least {least}")
-    for key in ABOVE_ZERO:
-        if (value := get(config, key)) <= 0:
-            raise ValueError(f"{key}={value}: must be above 0")
-    for key, most in AT_MOST.items():
-        if (value := get(config, key)) > most:
-            raise ValueError(f"{key}={value}: must be at most {most}")
+    values(config)
     algorithm = config.algorithm
     if (algorithm.top_k or algorithm.top_p < 1) and algorithm.importance_cap:
         raise ValueError(
@@ -133,24 +119,7 @@ def validate(config: Config, num_devices: int) -> None:
         raise ValueError(
             f"algorithm.prompt_buckets={list(buckets)}: give one to {MAX_BUCKETS} ascending lengths, such as [64, 128]"
         )
-    data, fsdp, *_ = (1, 1) if config.mesh.chosen else axis_sizes(config.mesh, num_devices)
-    parts = data * fsdp * algorithm.minibatches * algorithm.microbatches
-    rows = config.algorithm.prompts * config.algorithm.group_size
-    if rows % parts:
-        raise ValueError(
-            f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
-            f"minibatches {algorithm.minibatches} x microbatches {algorithm.microbatches} = {parts}: set "
-            f"algorithm.prompts to a multiple of {parts}"
-        )
-    if algorithm.prompts % (algorithm.minibatches * algorithm.microbatches):
-        raise ValueError(
-            f"algorithm.minibatches={algorithm.minibatches}, algorithm.microbatches={algorithm.microbatches}: a part "
-            f"holds whole groups; choose numbers whose product divides algorithm.prompts={algorithm.prompts}"
-        )
-    if config.mesh.chosen:
-        auto.possible(config.mesh, num_devices, rows // parts)
-    else:
-        rollout_rows(config.mesh, rows, num_devices)
+    batch(config, num_devices)
     contamination.check(config.contamination)
     domains.check(config.domains)
     rubrics = schema.load_all([domain.rubric for domain in config.domains])
@@ -172,6 +141,48 @@ def validate(config: Config, num_devices: int) -> None:
             "curriculum.difficulty=adaptive: no domain has a range of levels to move in: give a generated one a range, "
             "such as train: gen:sort,difficulty=1..4"
         )
+
+
+def values(config: Config) -> None:
+    """Raises ValueError, one line, on a key whose value alone is impossible: the tables above."""
+    for key, value in flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: must be a finite number")
+    for key, choices in CHOICES.items():
+        if (value := get(config, key)) not in choices:
+            raise ValueError(f"{key}={value!r}: expected one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if (value := get(config, key)) < least:
+            raise ValueError(f"{key}={value}: must be at least {least}")
+    for key in ABOVE_ZERO:
+        if (value := get(config, key)) <= 0:
+            raise ValueError(f"{key}={value}: must be above 0")
+    for key, most in AT_MOST.items():
+        if (value := get(config, key)) > most:
+            raise ValueError(f"{key}={value}: must be at most {most}")
+
+
+def batch(config: Config, num_devices: int) -> None:
+    """Raises ValueError, one line, where the rows of a step cannot be cut into the parts that are asked for."""
+    algorithm = config.algorithm
+    data, fsdp, *_ = (1, 1) if config.mesh.chosen else axis_sizes(config.mesh, num_devices)
+    parts = data * fsdp * algorithm.minibatches * algorithm.microbatches
+    rows = config.algorithm.prompts * config.algorithm.group_size
+    if rows % parts:
+        raise ValueError(
+            f"algorithm.prompts x algorithm.group_size = {rows} is not divisible by data {data} x fsdp {fsdp} x "
+            f"minibatches {algorithm.minibatches} x microbatches {algorithm.microbatches} = {parts}: set "
+            f"algorithm.prompts to a multiple of {parts}"
+        )
+    if algorithm.prompts % (algorithm.minibatches * algorithm.microbatches):
+        raise ValueError(
+            f"algorithm.minibatches={algorithm.minibatches}, algorithm.microbatches={algorithm.microbatches}: a part "
+            f"holds whole groups; choose numbers whose product divides algorithm.prompts={algorithm.prompts}"
+        )
+    if config.mesh.chosen:
+        auto.possible(config.mesh, num_devices, rows // parts)
+    else:
+        rollout_rows(config.mesh, rows, num_devices)
 
 
 def upgrade(config: Config) -> None:

@@ -182,16 +182,16 @@ class ContaminationDetector:
     def _semantic(self, train, evaluation, rows_T, rows_E, words_E, hits) -> Stage:
         if not (rows_T and rows_E) and not self._insist:
             return _nothing("semantic")
-        try:
-            embedder = semantic.Embedder(self.config.model, self.config.batch)
-        except semantic.Unavailable as error:
-            return Stage("semantic", "NOT RUN", str(error))
-        if not (rows_T and rows_E):
-            return _nothing("semantic")
         texts_T, texts_E = [train[t] for t in rows_T], [evaluation[e] for e in rows_E]
         watched = functools.partial(self._progress, "semantic")
-        for i, j, cosine in matching.matches(self.config, embedder.embed, texts_T, texts_E, words_E, watched):
-            hits[rows_T[i]] = ("semantic", rows_E[j], cosine)
+        try:
+            embedder = semantic.Embedder(self.config.model, self.config.batch)
+            if not (rows_T and rows_E):
+                return _nothing("semantic")
+            found = list(matching.matches(self.config, embedder.embed, texts_T, texts_E, words_E, watched))
+        except semantic.Unavailable as error:
+            return Stage("semantic", "NOT RUN", str(error))
+        hits |= {rows_T[i]: ("semantic", rows_E[j], cosine) for i, j, cosine in found}
         return Stage("semantic", "ran", "", len(rows_T), len(rows_E))
 
 

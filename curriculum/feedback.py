@@ -54,34 +54,10 @@ def update(
     groups_D = jnp.maximum(stats.n_groups, 1.0)
     rate_D = stats.pass_sum / groups_D
     tried_D = seen_D | (stats.tried > 0)
-    mean_D, variance_D = _grade_moments(config, state, stats)
-    acc_D = _average(config.beta, state.acc_ema, rate_D, groups_D)
-    norm_adv_D = stats.norm_adv_sum / groups_D
-    seen = dict(
-        acc_ema=acc_D,
-        performance_band=jnp.clip(
-            state.performance_band,
-            band_of(config, acc_D, config.hysteresis),
-            band_of(config, acc_D, -config.hysteresis),
-        ),
-        last_seen_step=jnp.broadcast_to(state.step, seen_D.shape),
-        grade_mean=mean_D,
-        grade_uncertainty=variance_D,
-        zvf_ema=_average(config.beta, state.zvf_ema, stats.zero_var_sum / groups_D, groups_D),
-        adv_ema=_average(config.beta, state.adv_ema, stats.abs_adv_sum / groups_D, groups_D, None),
-        visits=state.visits + 1,
-        n_prompts=state.n_prompts + stats.n_groups.astype(jnp.int32),
-        n_samples=state.n_samples + stats.n_grades.astype(jnp.int32),
-        fast_acc=_average(config.fast_beta, state.fast_acc, rate_D, groups_D),
-        norm_adv=_window(config.beta, state.norm_adv, norm_adv_D, groups_D, state.n_prompts),
-        value=state.value + config.value_rate * (norm_adv_D - state.value),
-        half_life=_half_life(config, state, rate_D),
-        level=_level(config, state, rate_D, groups_D),
-    )
     heard_D = seen_D if mute_D is None else seen_D & ~mute_D
     seen = {
         name: jnp.where(seen_D if name in COUNTERS else heard_D, new_D, getattr(state, name))
-        for name, new_D in seen.items()
+        for name, new_D in _seen(config, state, stats, rate_D, groups_D).items()
     }
     moved = state._replace(**seen)
     moved = drift.update(config.drift, moved, heard_D, rate_D, stats.pass_sq_sum / groups_D, groups_D)
@@ -94,6 +70,36 @@ def update(
         last_tried_step=jnp.where(tried_D, state.step, state.last_tried_step),
         failures=jnp.where(seen_D, 0, state.failures + tried_D),
         cost_ema=jnp.where((stats.tried > 0) & (cost_D > 0) & jnp.isfinite(cost_D), known_D, state.cost_ema),
+    )
+
+
+def _seen(
+    config: CurriculumConfig, state: TriageState, stats: DomainStats, rate_D: jax.Array, groups_D: jax.Array
+) -> dict[str, jax.Array]:
+    """What the leaves of a domain become that was seen. groups_D: its groups, 1 where there is none."""
+    mean_D, variance_D = _grade_moments(config, state, stats)
+    acc_D = _average(config.beta, state.acc_ema, rate_D, groups_D)
+    norm_adv_D = stats.norm_adv_sum / groups_D
+    return dict(
+        acc_ema=acc_D,
+        performance_band=jnp.clip(
+            state.performance_band,
+            band_of(config, acc_D, config.hysteresis),
+            band_of(config, acc_D, -config.hysteresis),
+        ),
+        last_seen_step=jnp.broadcast_to(state.step, rate_D.shape),
+        grade_mean=mean_D,
+        grade_uncertainty=variance_D,
+        zvf_ema=_average(config.beta, state.zvf_ema, stats.zero_var_sum / groups_D, groups_D),
+        adv_ema=_average(config.beta, state.adv_ema, stats.abs_adv_sum / groups_D, groups_D, None),
+        visits=state.visits + 1,
+        n_prompts=state.n_prompts + stats.n_groups.astype(jnp.int32),
+        n_samples=state.n_samples + stats.n_grades.astype(jnp.int32),
+        fast_acc=_average(config.fast_beta, state.fast_acc, rate_D, groups_D),
+        norm_adv=_window(config.beta, state.norm_adv, norm_adv_D, groups_D, state.n_prompts),
+        value=state.value + config.value_rate * (norm_adv_D - state.value),
+        half_life=_half_life(config, state, rate_D),
+        level=_level(config, state, rate_D, groups_D),
     )
 
 

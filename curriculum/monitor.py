@@ -160,13 +160,7 @@ def update(
     K_D, N_D, k_D, n_D = (jnp.asarray(x_D, jnp.float32) for x_D in (K_D, N_D, k_D, n_D))
     known_D = prior_D & (N_D > 0) & (n_D > 0)
     threshold = drops.threshold(config.alpha, prior_D.sum())
-    if config.test == "unpaired":
-        drop_D, error_D, z_D = drops.two_proportions(K_D, N_D, k_D, n_D)
-    elif lost_D is None or gained_D is None:
-        raise ValueError(f"upgrade.monitor.test={config.test}: needs lost_D and gained_D; or set it to unpaired")
-    else:
-        drop_D, error_D, z_D = drops.paired(lost_D, gained_D, n_D, config.test == "midp")
-    drop_D, error_D, z_D = (jnp.where((N_D > 0) & (n_D > 0), x_D, 0.0) for x_D in (drop_D, error_D, z_D))
+    drop_D, error_D, z_D = _compared(config.test, K_D, N_D, k_D, n_D, lost_D, gained_D)
     violation_D = known_D & (drop_D > config.delta) & (z_D > threshold)
     hard_D = violation_D & (drop_D - threshold * error_D > config.hard)
     complete = jnp.all(known_D == (prior_D & (N_D > 0)))
@@ -184,6 +178,17 @@ def update(
         rollback=rollback & ~state.halted,
         halt=moved.halted & ~state.halted,
     )
+
+
+def _compared(test, K_D, N_D, k_D, n_D, lost_D, gained_D) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(drop_D, error_D, z_D) of the test, 0 where either side has no prompt."""
+    if test == "unpaired":
+        found = drops.two_proportions(K_D, N_D, k_D, n_D)
+    elif lost_D is None or gained_D is None:
+        raise ValueError(f"upgrade.monitor.test={test}: needs lost_D and gained_D; or set it to unpaired")
+    else:
+        found = drops.paired(lost_D, gained_D, n_D, test == "midp")
+    return tuple(jnp.where((N_D > 0) & (n_D > 0), x_D, 0.0) for x_D in found)
 
 
 def _move(config, state, violation_D, hard_D, known_D, complete, step) -> tuple[MonitorState, jax.Array]:

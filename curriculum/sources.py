@@ -20,25 +20,17 @@ is one of
 The first row that does not fit ends reading with file:line and what was expected: nothing is skipped but blank lines.
 """
 
-import csv
-import io
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from curriculum import generators, gym, suites
+from curriculum import generators, gym, readers, suites
 from curriculum.bench import BENCH, EDGE, TALK
 from curriculum.generators import TINY, Row
+from curriculum.readers import READERS, what
 
 GENERATORS = TINY | BENCH | EDGE | TALK
 ROLES = ("system", "user", "assistant", "tool")
-PROMPTS = ("messages", "prompt", "question")  # columns that can hold what is asked, the first present is read
-
-Raw = Iterator[tuple[Any, str]]  # what stands at a place, and the place: file:line
-_BLANK = re.compile(r"\s*")
 
 
 def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
@@ -52,11 +44,11 @@ def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
         found = gym.read(source)
     elif source.startswith(suites.PREFIX):
         suite, name = suites.parts(source)
-        found = suites.rows(suite, _published(_file(name, base)))
+        found = suites.rows(suite, readers.published(_file(name, base)))
     elif reader := READERS.get(Path(source).suffix.lower()):
         found = [_row(raw, where) for raw, where in reader(_file(source, base))]
     elif "@" in source:
-        found = [_row(raw, where) for raw, where in _hub(source)]
+        found = [_row(raw, where) for raw, where in readers.hub(source)]
     else:
         raise ValueError(
             f"source {source!r}: expected a {', '.join(READERS)} file, split@hub-name, or gen:NAME, gym:NAME, "
@@ -89,16 +81,6 @@ def _file(name: str, base: str | os.PathLike | None) -> Path:
     return path
 
 
-def _published(path: Path) -> Raw:
-    """Rows as they stand in a file, of whatever fields."""
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: expected a {', '.join(READERS)} file")
-    if reader in (_csv, _parquet):
-        return reader(path, lambda names, where: None, lambda raw, where: raw)
-    return reader(path)
-
-
 def levels(source: str) -> tuple[int, int]:
     """Easiest and hardest level of a source's rows, (1, 4) for gen:sort,difficulty=1..4; (1, 1) where it has no levels.
 
@@ -123,14 +105,14 @@ def read_levels(source: str, base: str | os.PathLike | None = None) -> dict[int,
 def _row(raw: Any, where: str) -> Row:
     """`raw` as a row with the contract's fields only, or ValueError that begins with `where`."""
     if not isinstance(raw, dict):
-        raise ValueError(f"{where}: the row is {_what(raw)}; expected an object {{messages, answer}}")
+        raise ValueError(f"{where}: the row is {what(raw)}; expected an object {{messages, answer}}")
     row: Row = {"messages": _messages(raw.get("messages"), where), "answer": raw.get("answer")}
     if row["answer"] in (None, "", []):
-        raise ValueError(f"{where}: answer is {_what(row['answer'])}; expected text, a list of texts, or JSON")
+        raise ValueError(f"{where}: answer is {what(row['answer'])}; expected text, a list of texts, or JSON")
     for field, kind, expected in (("meta", dict, "an object"), ("tools", list, "a list"), ("key", str, "text")):
         if (value := raw.get(field)) is not None:
             if not isinstance(value, kind):
-                raise ValueError(f"{where}: {field} is {_what(value)}; expected {expected}")
+                raise ValueError(f"{where}: {field} is {what(value)}; expected {expected}")
             row[field] = value
     return row
 
@@ -138,164 +120,16 @@ def _row(raw: Any, where: str) -> Row:
 def _messages(messages: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise ValueError(
-            f"{where}: messages is {_what(messages)}; expected a list of {{role, content}}, the user's last"
+            f"{where}: messages is {what(messages)}; expected a list of {{role, content}}, the user's last"
         )
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise ValueError(f"{where}: messages[{i}] is {_what(message)}; expected an object {{role, content}}")
+            raise ValueError(f"{where}: messages[{i}] is {what(message)}; expected an object {{role, content}}")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ValueError(f"{where}: messages[{i}].role is {_what(role)}; expected one of {', '.join(ROLES)}")
+            raise ValueError(f"{where}: messages[{i}].role is {what(role)}; expected one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise ValueError(f"{where}: messages[{i}].content is {_what(content)}; expected text")
+            raise ValueError(f"{where}: messages[{i}].content is {what(content)}; expected text")
     if role != "user" or not content.strip():
-        raise ValueError(f"{where}: the last message is {_what(messages[-1])}; expected one of the user's, with text")
+        raise ValueError(f"{where}: the last message is {what(messages[-1])}; expected one of the user's, with text")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _what(value: Any) -> str:
-    """A value in an error message: short, on one line."""
-    text = "missing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _text(path: Path) -> str:
-    """The file's text without a byte order mark, line ends as they are."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8; save the file as UTF-8"
-        ) from error
-
-
-def _json(path: Path) -> Raw:
-    """Elements of a JSON list, each with the line its text starts on; decoded one by one, since a list has no lines."""
-    text = _text(path)
-    line, counted = 1, 0  # `line` is the line of position `counted`
-
-    def skip(at: int) -> tuple[int, str]:
-        """The next position that is not blank and the character there; moves `line` along."""
-        nonlocal line, counted
-        at = _BLANK.match(text, at).end()
-        line, counted = line + text.count("\n", counted, at), at
-        return at, text[at : at + 1]
-
-    at, mark = skip(0)
-    if mark != "[":
-        raise ValueError(
-            f"{path}:{line}: the file is no JSON list; expected [...] around the rows (one row a line: .jsonl)"
-        )
-    at, mark = skip(at + 1)
-    while mark != "]":
-        raw, at = _decode(text, at, path)
-        yield raw, f"{path}:{line}"
-        at, mark = skip(at)
-        if mark == ",":
-            at, mark = skip(at + 1)
-            mark = ","  # so that a list cannot end after a comma
-        elif mark != "]":
-            raise ValueError(f"{path}:{line}: not JSON: {_what(mark)} after a row; expected a comma or ]")
-    if skip(at + 1)[1]:
-        raise ValueError(f"{path}:{line}: not JSON: text after the list; expected nothing after ]")
-
-
-def _decode(text: str, at: int, path: Path, first_line: int = 1) -> tuple[Any, int]:
-    """The JSON value at a position, and the position after it."""
-    try:
-        return json.JSONDecoder().raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from error
-
-
-def _jsonl(path: Path) -> Raw:
-    for line, text in enumerate(_text(path).split("\n"), 1):  # not splitlines: JSON text may hold U+2028
-        if text := text.strip():
-            raw, end = _decode(text, 0, path, line)
-            if end != len(text):
-                raise ValueError(f"{path}:{line}: not JSON: text after the row; expected one object a line")
-            yield raw, f"{path}:{line}"
-
-
-def _columns(names: Iterable[str], where: str) -> None:
-    if "answer" not in names or not set(PROMPTS) & set(names):
-        raise ValueError(
-            f"{where}: the columns are {', '.join(names)}; expected answer and one of {', '.join(PROMPTS)}"
-        )
-
-
-def _tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """A table's row in the form of JSON's: a prompt becomes the user's message, JSON text becomes what it says."""
-    row = dict(raw)
-    for field in ("messages", "meta", "tools"):
-        if isinstance(row.get(field), str):
-            try:
-                row[field] = json.loads(row[field])
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: column {field} is not JSON: {error.msg} at character {error.pos + 1}"
-                ) from error
-    if "messages" not in row:
-        column = next(name for name in PROMPTS if name in row)
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: {column} is {_what(row[column])}; expected text")
-        row["messages"] = [{"role": "user", "content": row[column]}]
-    return row
-
-
-def _csv(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    names: list[str] | None = None
-    line = 1
-    try:
-        for fields in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1  # a quoted field may hold line ends: a row's first line
-            if not fields:
-                continue
-            if names is None:
-                names = [name.strip() for name in fields]
-                columns(names, where)
-            elif len(fields) != len(names):
-                raise ValueError(f"{where}: {len(fields)} fields; expected {len(names)}: {', '.join(names)}")
-            else:
-                yield made({name: text or None for name, text in zip(names, fields)}, where), where
-    except csv.Error as error:
-        raise ValueError(f"{path}:{line}: not CSV: {error}") from error
-
-
-def _parquet(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        table = parquet.read_table(path)
-    except ArrowException as error:
-        raise ValueError(f"{path}: not parquet: {str(error).splitlines()[0]}") from error
-    columns(table.column_names, str(path))
-    for number, raw in enumerate(table.to_pylist(), 1):
-        yield made(raw, f"{path}:row {number}"), f"{path}:row {number}"
-
-
-def _hub(source: str) -> Raw:
-    split, _, name = source.partition("@")
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ValueError(f"source {source!r}: reading from the hub needs datasets: pip install datasets") from error
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library's own, requests', huggingface_hub's: all mean that there are no rows
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"source {source!r}: the hub did not give it ({reason}); download it and name the file"
-        ) from error
-    _columns(table.column_names, source)
-    for number, raw in enumerate(table, 1):
-        yield _tabular(raw, f"{source}:row {number}"), f"{source}:row {number}"
-
-
-READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

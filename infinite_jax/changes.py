@@ -25,7 +25,8 @@ from curriculum import domains, triage
 from curriculum.domains import DomainConfig
 from curriculum.triage import Roster
 from infinite_jax.checkpoint import Checkpointer, TreeMismatch
-from infinite_jax.session import Session, members
+from infinite_jax.roster import members
+from infinite_jax.session import Session
 from infinite_jax.types import RunState
 from sharding import exchange
 

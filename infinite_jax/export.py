@@ -5,6 +5,7 @@ python -m infinite_jax.export RUN_DIR OUT [step=best|N] [as=adapter]
 Adapters of a run with model.lora are merged into the weights; as=adapter writes them alone, as a folder of peft's.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from infinite_jax import run_folder
 from infinite_jax.placement import abstract_train_state
 from infinite_jax.session import sized
 from infinite_jax.types import RunState
-from models import hf, lora, lora_folder, source
+from models import gguf, hf, lora, lora_folder, shapes, source
 from sharding.mesh import make_mesh
 
 FORMS = ("as=merged", "as=adapter")
@@ -39,18 +40,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{form}: expected {' or '.join(FORMS)}")
         if form == "as=adapter" and not decoder.lora:
             raise ValueError(f"as=adapter: {given.run_dir} has none, all its weights learnt: leave as=adapter out")
+        base_path = base_of(config.model.path) if form == "as=adapter" else ""
         mesh = make_mesh(sized(config, decoder))
         train = abstract_train_state(config.algorithm, decoder, mesh)
         only_train = RunState(train, *[None] * (len(RunState._fields) - 1))
         number, state = run_folder.checkpoints(given.run_dir).restore(only_train, step)
         if form == "as=adapter":
-            lora_folder.save(decoder, state.train.params, given.out, config.model.path)
+            lora_folder.save(decoder, state.train.params, given.out, base_path)
         else:
             base = source.load(config.model, mesh)[1] if decoder.lora else None
             hf.save(decoder, lora.merge(decoder, lora.join(decoder, base, state.train.params)), given.out)
         source.load_tokenizer(config.model).save_pretrained(given.out)
     print(f"step {number} of {given.run_dir} -> {given.out}")
+    if gguf.is_gguf(base_path):
+        folder, name = os.path.split(base_path)
+        print(
+            "its base is a GGUF file, which peft does not find by itself: load it in transformers with "
+            f"from_pretrained({folder!r}, gguf_file={name!r}), then PeftModel.from_pretrained(base, {str(given.out)!r})"
+        )
     return cli.DONE
+
+
+def base_of(path: str) -> str:
+    """What stands for model.path in a folder of adapters: a name under which other programs find the base.
+
+    Raises ValueError, one line, for a base that nobody else has.
+    """
+    if shapes.is_shape(path):
+        raise ValueError(
+            f"as=adapter: model.path={path} began from random weights, which no other program has: leave as=adapter out"
+        )
+    return str(gguf.find(path)) if gguf.is_gguf(path) else source.resolve(path)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.schema import Config
 from curriculum.rebase import rebase
+from infinite_jax import safety
 from infinite_jax.heldout import Results
 from infinite_jax.session import Session
 from infinite_jax.trainer import Outcome
@@ -130,6 +131,33 @@ def check_saved(config: Config, run_dir: Path, step: int | None) -> None:
     """Raises FileNotFoundError or ValueError, one line, where there are no anchors to continue with after `step`."""
     if config.anchors.each and step is not None:
         anchors.load(run_dir / FILE, step)
+
+
+def check_measured(session: Session, run_dir: Path) -> None:
+    """Of an upgrade that goes on: M0's grades still mean what they did. To be called on the first process.
+
+    Raises ValueError, one line, where the grader of a prior domain has another version and grades the anchors otherwise
+    than when M0 was measured: the monitor would take that for a drop, or miss one. A version alone may be a remark in a
+    file. Without anchors, or where nobody acts on the monitor, nothing is asked.
+    """
+    config = session.config
+    if not (config.anchors.each and safety.acts(config)):
+        return
+    held, first = anchors.first(run_dir / FILE)
+    versions = dict(zip(session.names, session.grader.versions()))
+    prior = {domain.name for domain in config.domains if not domain.new}
+    other = {name for name in prior if versions[name] != first.versions.get(name)}
+    if not other:
+        return
+    with _uncounted(session.grader):
+        after_N = anchors.regrade(session.grader, session.names, held)
+    for shift in anchors.compare(held, first, after_N, versions, config.anchors.alpha):
+        if shift.drifted and shift.domain in other:
+            raise ValueError(
+                f"{run_dir}: domain {shift.domain}: its grader is another than M0 was measured with, and gives "
+                f"{shift.changed} of {shift.n} anchors another grade, which would pass for a drop or hide one: put the "
+                "old grader back, or begin a new upgrade with this one"
+            )
 
 
 @contextlib.contextmanager

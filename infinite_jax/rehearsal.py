@@ -38,6 +38,7 @@ from curriculum.contamination import ContaminationDetector
 from curriculum.domains import Domain
 from curriculum.rehearsed import Frame
 from infinite_jax import atomic, gate, rehearsal_rounds, run_folder, waiting
+from infinite_jax.lock import RunLock
 from infinite_jax.rehearsal_model import M0
 from infinite_jax.rehearsal_rounds import Kept
 from infinite_jax.session import set_up_runtime
@@ -51,11 +52,12 @@ FOLDER, REPORT = "rehearsal", "report.json"
 STREAM = 0x61727365  # the end of "rehearse": keeps these keys off those folded from the same seed
 
 
-def prepare(config: Config, run_dir: Path) -> Config:
+def prepare(config: Config, run_dir: Path, lock: RunLock) -> Config:
     """`config` in which prior domains without training rows have those that M0 wrote; all processes call it.
 
     The same `config` where upgrade.rehearsal=none or no domain is such. A domain of which too few prompts were kept
-    stays as it is, which is said in one line. Raises ValueError, one line, on what the user must mend.
+    stays as it is, which is said in one line. Raises ValueError, one line, on what the user must mend, and where
+    another run holds the folder's lock, which is taken before anything is written.
     """
     lost = [domain.name for domain in config.domains if domain.eval_only and not domain.new]
     if config.upgrade.rehearsal == "none" or not lost:
@@ -73,6 +75,7 @@ def prepare(config: Config, run_dir: Path) -> Config:
                 )
     kept, notes = write(config, lost)
     folder = (run_dir / FOLDER).absolute()
+    run_folder.hold(lock, run_dir)
     if multihost.is_first():
         save(folder, config, kept, notes)
         print(table(kept, notes))
@@ -191,11 +194,11 @@ def nearest(config: Config) -> Callable[[list[str]], list[str]]:
         if multihost.is_first():
             try:
                 embedder = semantic.Embedder(config.contamination.model, config.contamination.batch)
+                cosine_TD = embedder.embed(texts) @ embedder.embed([text for _, text in described]).T
             except semantic.Unavailable as error:
                 print(f"rehearsal: prompts without a form are not assigned to domains: {error}")
                 names = [""] * len(texts)
             else:
-                cosine_TD = embedder.embed(texts) @ embedder.embed([text for _, text in described]).T
                 least = config.upgrade.writing.likeness
                 names = [described[d][0] if line[d] >= least else "" for line in cosine_TD for d in [line.argmax()]]
         return exchange.from_first(names)

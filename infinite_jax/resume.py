@@ -3,6 +3,7 @@
 python -m infinite_jax.resume RUN_DIR [run.steps=N] [key=value ...] [add=more.yaml] [retire=NAME]
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from configs.schema import RunConfig
 from infinite_jax import changes, gate, grader_watch, record, rollback, run_folder, safety
 from infinite_jax.changes import Changes
 from infinite_jax.gate import Screened
+from infinite_jax.lock import RunLock
 from infinite_jax.session import Session, open_session, set_up_runtime
 from infinite_jax.train import evaluate, evaluation_file, train
 from infinite_jax.types import RunState
@@ -30,12 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cli.add_process_arguments(arguments)
     given = arguments.parse_args(argv)
+    with RunLock() as lock:
+        return _go_on(given, lock)
+
+
+def _go_on(given: argparse.Namespace, lock: RunLock) -> int:
     run_dir = given.run_dir
     with cli.bad_input():
         asked, overrides = changes.take(given.overrides)
         config = changes.apply(run_folder.load_config(run_dir, overrides), asked)
         set_up_runtime(config)
         cli.join_processes(given)
+        lock.take(run_dir)
         if refused := rollback.halted(run_dir):
             if multihost.is_first():
                 print(refused, file=sys.stderr)
@@ -92,6 +100,8 @@ def _continued(session: Session, fresh: RunState | None, abstract, run_dir: Path
     state = rollback.returned(session, state, entry, start)
     exchange.barrier("resume:read")  # before the first process changes what the others read
     if multihost.is_first():
+        if start is not None:
+            grader_watch.check_measured(session, run_dir)
         grader_watch.check_saved(session.config, run_dir, start)
     if entry:
         rollback.settle(run_dir, entry, start)

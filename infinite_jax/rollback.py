@@ -28,6 +28,7 @@ import numpy as np
 
 from curriculum import monitor, triage
 from infinite_jax import atomic, changes, record, run_folder, safety
+from infinite_jax.lock import RunLock
 from infinite_jax.safety import APPROVAL, HALT, KIND, ROLLBACK
 from infinite_jax.session import Session
 from infinite_jax.types import RunState
@@ -208,13 +209,19 @@ def signature(review: dict, by: str, why: str, when: str) -> str:
 def approve(run_dir: Path, by: str, why: str) -> str:
     """Signs the review of a halted run, so that `resume` goes on at tier 3. Returns what to say.
 
-    Raises ValueError, one line, where the run is not halted or a name or reason is missing.
+    Raises ValueError, one line, where the run is not halted, a name or reason is missing or a run holds the folder.
     """
     for option, value in (("--by", by), ("--why", why)):
         if not value.strip():
             raise ValueError(f"{option} {value!r}: may not be empty: the review says who lets the run go on, and why")
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir}: no config.yaml there, so this is no run directory")
+    with RunLock() as lock:
+        lock.take(run_dir)
+        return _sign(run_dir, by.strip(), why.strip())
+
+
+def _sign(run_dir: Path, by: str, why: str) -> str:
     entry = next(iter(journal(run_dir)[-1:]), None)
     if entry is None or entry["kind"] == ROLLBACK:
         raise ValueError(f"{run_dir}: the run is not halted, there is nothing to approve: continue it with resume")
@@ -223,7 +230,7 @@ def approve(run_dir: Path, by: str, why: str) -> str:
     settle(run_dir, entry, entry["to"])
     review = {key: value for key, value in _review(run_dir).items() if key != "approved"}
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    signed = {"by": by.strip(), "why": why.strip(), "when": when}
+    signed = {"by": by, "why": why, "when": when}
     signed["sha256"] = signature(review, **signed)
     atomic.replace(run_dir / REVIEW, json.dumps(review | {"approved": signed}, indent=1) + "\n")
     watching = _approved(entry["monitor"])

@@ -12,6 +12,8 @@ from configs import schema
 from configs.schema import Config
 from infinite_jax import atomic
 from infinite_jax.checkpoint import Checkpointer
+from infinite_jax.lock import FILE as LOCK
+from infinite_jax.lock import RunLock
 from models import source
 from sharding import exchange, multihost
 
@@ -27,13 +29,28 @@ def choose(config: Config) -> Path:
 def _choose(config: Config) -> Path:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.dir or f"runs/{config.run.name}-{stamp}")
+    _check_new(folder)
+    return folder
+
+
+def _check_new(folder: Path) -> None:
+    """Raises ValueError if the folder holds anything of a run."""
     # a report of the contamination gate, or what M0 wrote, is no run: the gate halted one, or was asked before
-    before = ("contamination", "rehearsal")
+    before = ("contamination", "rehearsal", LOCK)
     if folder.exists() and (not folder.is_dir() or any(path.name not in before for path in folder.iterdir())):
         raise ValueError(
             f"run.dir={folder} is not empty: continue it with `python -m infinite_jax.resume {folder}` or name another"
         )
-    return folder
+
+
+def hold(lock: RunLock, folder: Path) -> None:
+    """The lock of a new run's folder, before anything is written there. All processes call it.
+
+    Raises ValueError, on the first process, where another run holds it, or has come and gone since `choose`.
+    """
+    lock.take(folder)
+    if multihost.is_first():
+        _check_new(folder)
 
 
 def claim(folder: Path, config: Config, data_sha256: dict[str, str]) -> None:

@@ -20,9 +20,9 @@ from configs import limits
 from configs.schema import Config, EvalConfig
 from curriculum import domains, monitor, policies
 from curriculum.domains import Domain
-from curriculum.triage import NEVER, Roster, roster
-from infinite_jax import conversation, placement, prompts
+from infinite_jax import conversation, placement, prompts, roster
 from infinite_jax.canary import Canary
+from infinite_jax.conversation import Talk
 from infinite_jax.heldout import Evaluator
 from infinite_jax.prompts import PriorityStream, Prompt, Stream
 from infinite_jax.trainer import ADAPTER_STREAM, InfiniteGRPOTrainer, stream_key
@@ -31,7 +31,7 @@ from models import policy, source, tokenizer
 from models.architectures import DecoderConfig
 from rubric import schema
 from rubric.environments.runner import Environments
-from rubric.evaluator import RubricEvaluator, is_fixed
+from rubric.evaluator import RubricEvaluator
 from sharding import exchange
 from sharding.mesh import MeshConfig, make_mesh, make_rollout_mesh
 
@@ -140,30 +140,9 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
     curriculum = policies.build(config.curriculum, upgraded)
     base, template = params if decoder.lora else None, config.model.apply_chat_template
     canary = Canary(decoder, mesh, text, pad_id, template, params, base) if config.eval.canary else None
-    if base is not None:  # the reference, too
-        params = placement.initial_adapters(decoder, mesh, stream_key(seed, 0, ADAPTER_STREAM))
-        reference = None if config.algorithm.kl_type == "none" else base
-    else:
-        # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
-        reference = None if config.algorithm.kl_type == "none" else jax.tree.map(jnp.copy, policy.cast(decoder, params))
+    params, reference = _learnt_and_reference(config, decoder, mesh, params)
     ids, offload = (text, stop_ids, pad_id), config.mesh.offload
-    rubrics = schema.load_all([domain.rubric for domain in config.domains])
-    environments, talk = Environments([domain.environment for domain in config.domains]), None
-    single = [
-        domain.environment if environment is None else None
-        for domain, environment in zip(config.domains, environments.of_domain)
-    ]
-    if None in single:
-        talk = conversation.prepare(
-            environments,
-            text,
-            decoder.vocab_size,
-            rollout_mesh,
-            apply_chat_template=config.model.apply_chat_template,
-            max_turns=config.algorithm.max_turns,
-            chunk=config.algorithm.turn_chunk,
-        )
-    grader = RubricEvaluator(single, config.rubric, rubrics)
+    environments, talk, grader = _graders(config, loaded)
     trainer = InfiniteGRPOTrainer(
         config.algorithm,
         decoder,
@@ -179,7 +158,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         config.curriculum.capacity,
         np.array([domain.kl for domain in config.domains], np.float32),
         upgraded,
-        mute_of(train),
+        roster.mute_of(train),
         grader,
         talk,
         seed,
@@ -193,41 +172,51 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         test = [prompts.by_hash(prompts.distinct(domain)) for domain in test]  # an evaluation's are a sample of M0's
         asked = dataclasses.replace(config.eval, prompts=upgraded.baseline * config.eval.prompts, samples=1)
         baseline = evaluator_of(asked, test)
-    evaluator = evaluator_of(config.eval, test)
-    triage = curriculum.init(seed, members(config, stream.sets.size_D))
-    triage = exchange.replicated(mesh, triage)
-    train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, offload)
+    state = _initial_state(config, decoder, mesh, params, curriculum, stream)
+    parts = (grader, evaluator_of(config.eval, test), baseline, canary, trainer, state)
+    return Session(config, mesh, decoder, text, names, *parts, _data_hashes(names, train, test), environments)
+
+
+def _learnt_and_reference(config: Config, decoder: DecoderConfig, mesh: Mesh, params: Params) -> tuple[Params, Params]:
+    """What the updates change, and what the KL holds it to; None where there is no KL."""
+    wanted = config.algorithm.kl_type != "none"
+    if decoder.lora:  # the base is the reference, too
+        key = stream_key(config.run.seed, 0, ADAPTER_STREAM)
+        return placement.initial_adapters(decoder, mesh, key), params if wanted else None
+    # copied where the cast changes nothing: the parameters are donated to the update, the reference is not
+    return params, jax.tree.map(jnp.copy, policy.cast(decoder, params)) if wanted else None
+
+
+def _initial_state(
+    config: Config, decoder: DecoderConfig, mesh: Mesh, params: Params, curriculum, stream: Stream | PriorityStream
+) -> RunState:
+    train_state = placement.initial_train_state(config.algorithm, decoder, params, mesh, config.mesh.offload)
+    triage = curriculum.init(config.run.seed, roster.members(config, stream.sets.size_D))
     watching = None
-    if upgraded is not None:  # on the host: every process holds it whole, and a checkpoint of it belongs to no mesh
-        watching = jax.device_get(monitor.init(config.upgrade.monitor, len(names)))
-    state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64), watching)
-    hashes = _data_hashes(names, train, test)
-    parts = (grader, evaluator, baseline, canary, trainer, state)
-    return Session(config, mesh, decoder, text, names, *parts, hashes, environments)
+    if config.upgrade.active:  # on the host: every process holds it whole, and a checkpoint of it belongs to no mesh
+        watching = jax.device_get(monitor.init(config.upgrade.monitor, len(config.domains)))
+    return RunState(train_state, exchange.replicated(mesh, triage), stream.start(), np.zeros((), np.int64), watching)
 
 
-def mute_of(train: list[dict[int, list[Prompt]]]) -> np.ndarray | None:
-    """bool[D], domains with rows of a fixed grade; None where there are none."""
-    mute_D = np.array([any(is_fixed(prompt.row) for prompt in itertools.chain(*levels.values())) for levels in train])
-    return mute_D if mute_D.any() else None
-
-
-def members(config: Config, size_D: np.ndarray) -> Roster:
-    """What the configuration says about its domains; size_D: i32[D], training rows."""
-    ends = [domains.level_ends(domain) for domain in config.domains]
-    adaptive = config.curriculum.difficulty == "adaptive"
-    return roster(
-        len(config.domains),
-        weight=[domain.weight for domain in config.domains],
-        size=size_D,
-        active=[not domain.eval_only for domain in config.domains],
-        is_new=[domain.new for domain in config.domains],
-        arrives=[domain.arrives for domain in config.domains],
-        retires=[NEVER if domain.retires is None else domain.retires for domain in config.domains],
-        level=[easiest for easiest, _ in ends],
-        level_min=[easiest for easiest, _ in ends],
-        level_max=[hardest if adaptive else easiest for easiest, hardest in ends],
-    )
+def _graders(config: Config, loaded: Loaded) -> tuple[Environments, Talk | None, RubricEvaluator]:
+    """Of conversations and of single replies. Talk: None where no domain holds conversations."""
+    rubrics = schema.load_all([domain.rubric for domain in config.domains])
+    environments, talk = Environments([domain.environment for domain in config.domains]), None
+    single = [
+        domain.environment if environment is None else None
+        for domain, environment in zip(config.domains, environments.of_domain)
+    ]
+    if None in single:
+        talk = conversation.prepare(
+            environments,
+            loaded.tokenizer,
+            loaded.decoder.vocab_size,
+            loaded.rollout_mesh,
+            apply_chat_template=config.model.apply_chat_template,
+            max_turns=config.algorithm.max_turns,
+            chunk=config.algorithm.turn_chunk,
+        )
+    return environments, talk, RubricEvaluator(single, config.rubric, rubrics)
 
 
 def _tokenised(

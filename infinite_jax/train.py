@@ -19,6 +19,7 @@ from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, r
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.grader_watch import GraderWatch
+from infinite_jax.lock import RunLock
 from infinite_jax.progress import Progress, before_after
 from infinite_jax.session import Session, open_session, set_up_runtime
 from infinite_jax.types import RunState
@@ -34,18 +35,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def begin(given: argparse.Namespace) -> int:
     """A run from its configuration on. given: what cli.add_config_arguments and add_process_arguments ask for."""
+    with RunLock() as lock:
+        return _begin(given, lock)
+
+
+def _begin(given: argparse.Namespace, lock: RunLock) -> int:
     with cli.bad_input():
         config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
         set_up_runtime(config)
         cli.join_processes(given)
         run_dir = run_folder.choose(config)
         if config.upgrade.active:
-            config = rehearsal.prepare(config, run_dir)
+            config = rehearsal.prepare(config, run_dir, lock)
         screened = gate.screen(config)
         session = None if screened.halted else open_session(config, screened.domains)
-        gate.write(run_dir / gate.FOLDER, screened)  # before config.yaml, with which the folder is a run
-        if session:
-            run_folder.claim(run_dir, config, session.data_sha256)
+        try:
+            run_folder.hold(lock, run_dir)
+            gate.write(run_dir / gate.FOLDER, screened)  # before config.yaml, with which the folder is a run
+            if session:
+                run_folder.claim(run_dir, config, session.data_sha256)
+        except BaseException:
+            if session:
+                session.close()
+            raise
     if session is None:
         multihost.shutdown()
         return cli.HALTED

@@ -46,28 +46,10 @@ def pick(
         processes call it together. grades: of the same rows.
     """
     rows, group = np.flatnonzero(grades.valid_B).tolist(), len(replies) // max(len(chosen), 1)
-    half = min(k, len(rows) // 2)
-
-    def take(count: int, sign: int) -> list[int]:
-        taken, shown, shown_prompts = [], set(), set()
-        for _ in range(count):
-            best = min(
-                rows,
-                key=lambda b: (
-                    -sign * float(grades.reward_B[b]),
-                    chosen[b // group].domain in shown,
-                    b // group in shown_prompts,
-                    (chosen[b // group].domain - step) % len(names),
-                    b,
-                ),
-            )
-            rows.remove(best)
-            taken.append(best)
-            shown.add(chosen[best // group].domain)
-            shown_prompts.add(best // group)
-        return taken
-
-    kinds = (("best", take(min(k, len(rows) - half), +1)), ("worst", take(half, -1)))
+    half, domain_P = min(k, len(rows) // 2), [(prompt.domain - step) % len(names) for prompt in chosen]
+    best = _extremes(rows, min(k, len(rows) - half), group, domain_P, grades.reward_B)
+    rest = [b for b in rows if b not in best]
+    kinds = (("best", best), ("worst", _extremes(rest, half, group, domain_P, -grades.reward_B)))
     written = _written(replies, [b for _, taken in kinds for b in taken])
     return [
         {
@@ -83,6 +65,26 @@ def pick(
         for kind, taken in kinds
         for b in taken
     ]
+
+
+def _extremes(rows: Sequence[int], count: int, group: int, domain_P: Sequence[int], reward_B: np.ndarray) -> list[int]:
+    """`count` of the rows by falling reward. domain_P: numbers of the prompts' domains, the first of equals first."""
+    taken, shown, shown_prompts = [], set(), set()
+    for _ in range(count):
+        most = min(
+            (b for b in rows if b not in taken),
+            key=lambda b: (
+                -float(reward_B[b]),
+                domain_P[b // group] in shown,
+                b // group in shown_prompts,
+                domain_P[b // group],
+                b,
+            ),
+        )
+        taken.append(most)
+        shown.add(domain_P[most // group])
+        shown_prompts.add(most // group)
+    return taken
 
 
 def _written(replies: Sequence[str | None], rows: Sequence[int]) -> dict[int, str]:

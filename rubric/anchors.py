@@ -207,6 +207,26 @@ def load(path: Path, step: int) -> tuple[Anchors, Baseline]:
 
     Raises FileNotFoundError or ValueError, one line.
     """
+    found, baselines = _read(path)
+    kept = [baseline for baseline in baselines if baseline.step <= step]
+    if not kept:
+        raise ValueError(f"{path}: no baseline of step {step} or before")
+    if len(kept) < len(baselines):
+        save(path, found, kept[0])
+        for baseline in kept[1:]:
+            append(path, baseline)
+    return found, kept[-1]
+
+
+def first(path: Path) -> tuple[Anchors, Baseline]:
+    """The anchors as they were graded when they were chosen. Raises as `load` does, and changes nothing."""
+    found, baselines = _read(path)
+    if not baselines:
+        raise ValueError(f"{path}: no baseline, so this is not the file that a run writes: restore it from a backup")
+    return found, baselines[0]
+
+
+def _read(path: Path) -> tuple[Anchors, list[Baseline]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the run was started without anchors")
     anchors, baselines = [], []
@@ -218,17 +238,9 @@ def load(path: Path, step: int) -> tuple[Anchors, Baseline]:
             if baselines:
                 break  # a line cut short by a crash
             raise ValueError(f"{path}:{number}: not a JSON object") from error
-    kept = [entry for entry in baselines if entry["step"] <= step]
-    if not kept:
-        raise ValueError(f"{path}: no baseline of step {step} or before")
     columns = zip(*((entry["domain"], entry["row"], entry["reply"]) for entry in anchors))
     found = Anchors(*columns) if anchors else Anchors((), (), ())
-    parsed = [_baseline(entry) for entry in kept]
-    if len(kept) < len(baselines):
-        save(path, found, parsed[0])
-        for baseline in parsed[1:]:
-            append(path, baseline)
-    return found, parsed[-1]
+    return found, [_baseline(entry) for entry in baselines]
 
 
 def _plain(baseline: Baseline) -> dict:

@@ -1,12 +1,16 @@
 """The detector: stages and slot rule by hand-made pairs, canonical keys, NOT RUN; embeddings are stood in for."""
 
 import dataclasses
+import importlib.machinery
+import importlib.util
 import itertools
 import re
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from configs import cli
 from curriculum import matching, near, semantic, slots, wording
@@ -263,3 +267,59 @@ def test_the_offline_model_finds_a_paraphrase(config):
     train = [f"What is {a} + {b}?" for a in range(11, 19) for b in range(21, 25)]
     found = kinds(config, train, ["Compute the sum of 12 and 23.", "Compute the sum of 12 and 99."])
     assert found == [("semantic", "What is 12 + 23?", "Compute the sum of 12 and 23.")]
+
+
+class Model:
+    """A model on a device with memory for so many texts at a time; what was asked is kept."""
+
+    most, asked = 0, []
+
+    def __init__(self, folder: str):
+        pass
+
+    def encode(self, texts, batch_size, **_):
+        self.asked.append(batch_size)
+        if batch_size > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return Fixed().embed(texts)
+
+
+@pytest.fixture
+def crowded(config, tmp_path, monkeypatch):
+    """The semantic stage alone, by a model of that kind. Its use: crowded(texts that memory holds)."""
+    pytest.importorskip("faiss")
+    package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("sentence_transformers", None))
+    package.SentenceTransformer = Model
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+
+    def setting(most: int) -> ContaminationConfig:
+        monkeypatch.setattr(Model, "most", most)
+        monkeypatch.setattr(Model, "asked", [])
+        return only(config, "near", "semantic", model=str(tmp_path), batch=24)
+
+    return setting
+
+
+def test_a_batch_too_large_for_memory_is_halved_once_and_for_all(crowded):
+    texts = ["please copy the words below", "add them all up", "please copy words below"]
+    made = [[asked(text, i) for i, text in enumerate(texts[i:j])] for i, j in ((0, 2), (2, 3))]
+    found = ContaminationDetector(crowded(7)).find(*made)
+    assert [(m.kind, m.train_id) for m in found.matches] == [("semantic", "d/0")]
+    assert Model.asked[:3] == [24, 12, 6] and set(Model.asked[3:]) == {6} and not found.not_run
+
+
+def test_no_memory_for_one_text_is_not_run_with_what_helps(crowded):
+    made = [[asked("please copy the words below")], [asked("please copy words below")]]
+    found = ContaminationDetector(crowded(0)).find(*made)
+    near, semantic = found.stages
+    assert Model.asked == [24, 12, 6, 3, 1] and near.status == "ran" and semantic.status == "NOT RUN"
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in semantic.note and "\n" not in semantic.note and not found.matches
+
+
+def test_another_fault_of_the_model_is_raised(crowded, monkeypatch):
+    def broken(self, texts, **_):
+        raise RuntimeError("expected a float")
+
+    monkeypatch.setattr(Model, "encode", broken)
+    with pytest.raises(RuntimeError, match="expected a float"):
+        ContaminationDetector(crowded(1)).find([asked("a b c")], [asked("b c d")])

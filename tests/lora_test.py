@@ -324,6 +324,16 @@ def test_exports_have_the_logits_of_the_adapters(saved, tmp_path):
     assert json.loads((alone / lora_folder.CONFIG).read_text())["base_model_name_or_path"] == config.model.path
 
 
+def test_adapters_name_a_base_that_other_programs_load(tmp_path):
+    embedded = transformers.AutoModelForCausalLM.from_pretrained(export.base_of("tiny"))
+    assert sum(x.numel() for x in embedded.parameters()) == 1_017_984
+    assert export.base_of("org/model") == "org/model" and export.base_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    assert export.base_of(str(tmp_path / "model.gguf")) == str(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="random:qwen2_5_0_5b began from random weights"):
+        export.base_of("random:qwen2_5_0_5b")
+
+
 def test_what_export_cannot_do_is_one_line(saved, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export.main([str(saved), str(tmp_path / "out"), "as=gguf"])

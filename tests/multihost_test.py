@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from infinite_jax import record, resume, run_folder, session, train
+from infinite_jax.lock import RunLock
 from sharding import exchange, multihost
 from sharding.mesh import AXES
 from sharding.multihost import Given
@@ -361,3 +362,14 @@ def test_bad_input_is_said_once_and_ends_all_with_2(setting, tmp_path, options, 
     assert [each.code for each in found] == [2, 2], found
     (line,) = [line for each in found for line in each.err.splitlines() if "error: " in line]
     assert words in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_said_once_and_ends_all_with_2(setting, tmp_path):
+    with RunLock() as lock:
+        lock.take(tmp_path / "run")
+        found = end(begin(["infinite_jax.train", *setting, f"run.dir={tmp_path / 'run'}"], 2, 1))
+    assert [each.code for each in found] == [2, 2], found
+    (line,) = [line for each in found for line in each.err.splitlines() if "error: " in line]
+    assert f"in use by process {os.getpid()} on " in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]

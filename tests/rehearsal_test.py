@@ -16,6 +16,7 @@ import pytest
 from configs import cli
 from curriculum import domains, forms, rehearsed
 from infinite_jax import gate, rehearsal, rehearsal_rounds
+from infinite_jax.lock import RunLock
 from infinite_jax.rehearsal_model import M0, Reply
 from rubric import majority
 from rubric.evaluator import RubricConfig, RubricEvaluator
@@ -210,9 +211,15 @@ def test_the_frame_has_only_what_all_rows_share(config):
     assert rehearsed.frame(domain._replace(test_rows=domain.test_rows[:1])).turns == ()
 
 
-def test_prepare_makes_the_rows_the_domains_training_source(config, tmp_path, monkeypatch):
+@pytest.fixture
+def lock():
+    with RunLock() as lock:
+        yield lock
+
+
+def test_prepare_makes_the_rows_the_domains_training_source(config, tmp_path, lock, monkeypatch):
     monkeypatch.setattr(rehearsal, "M0", lambda config: Stub(["copy: one", "copy: two"]))
-    made = rehearsal.prepare(config, tmp_path / "run")
+    made = rehearsal.prepare(config, tmp_path / "run", lock)
     old, fresh = made.domains
     assert not old.eval_only and old.train == str(tmp_path / "run" / "rehearsal" / "old.jsonl")
     assert fresh == config.domains[1]
@@ -223,14 +230,14 @@ def test_prepare_makes_the_rows_the_domains_training_source(config, tmp_path, mo
     report = json.loads((tmp_path / "run" / "rehearsal" / "report.json").read_text())
     assert report["domains"]["old"]["kept_by_agreement"] == 2 and report["evaluation_only"] == {}
     screened = gate.screen(made)  # the ordinary path from here on
-    assert len(screened.domains[0].train_rows) == 2 and rehearsal.prepare(made, tmp_path / "other") is made
+    assert len(screened.domains[0].train_rows) == 2 and rehearsal.prepare(made, tmp_path / "other", lock) is made
     unasked = dataclasses.replace(config, upgrade=dataclasses.replace(config.upgrade, rehearsal="none"))
-    assert rehearsal.prepare(unasked, tmp_path / "other") is unasked
+    assert rehearsal.prepare(unasked, tmp_path / "other", lock) is unasked
 
 
-def test_a_domain_with_too_few_rows_stays_evaluation_only(config, tmp_path, monkeypatch, capsys):
+def test_a_domain_with_too_few_rows_stays_evaluation_only(config, tmp_path, lock, monkeypatch, capsys):
     monkeypatch.setattr(rehearsal, "M0", lambda config: Stub(["copy: one"]))
-    made = rehearsal.prepare(config, tmp_path / "run")
+    made = rehearsal.prepare(config, tmp_path / "run", lock)
     assert made == config and not (tmp_path / "run" / "rehearsal" / "old.jsonl").exists()
     assert "old: evaluation only: 1 prompts kept, fewer than upgrade.writing.least=2" in capsys.readouterr().out
 
@@ -263,7 +270,7 @@ def test_a_rubric_that_needs_no_answer_grades_instead_of_agreement(config, tmp_p
     assert kept["old"].counts["prefix"]["failed"] == 1
 
 
-def test_without_a_reward_prompts_are_kept_for_the_kl_alone(config, tmp_path, monkeypatch):
+def test_without_a_reward_prompts_are_kept_for_the_kl_alone(config, tmp_path, lock, monkeypatch):
     config = with_old(writing(config, reward="none"), environment="python_tests")
     kept, notes = rehearsal.write(config, ["old"], Stub(["copy: one", "copy: two"]))
     assert not notes and kept["old"].report()["kept_for_distillation"] == 2
@@ -272,7 +279,7 @@ def test_without_a_reward_prompts_are_kept_for_the_kl_alone(config, tmp_path, mo
     assert found.grade_B.tolist() == [4, 4] and found.valid_B.all() and not grader.failures
     dropping = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, zero_variance="drop"))
     with pytest.raises(ValueError, match="zero_variance=drop"):
-        rehearsal.prepare(dropping, tmp_path)
+        rehearsal.prepare(dropping, tmp_path, lock)
 
 
 def test_texts_without_a_hint_go_to_the_domain_of_their_form_else_to_the_nearest_description(config):

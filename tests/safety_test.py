@@ -35,6 +35,7 @@ from infinite_jax import (
     train,
     upgrade,
 )
+from infinite_jax.lock import RunLock
 from infinite_jax.types import RunState
 from sharding import exchange, multihost
 
@@ -182,8 +183,31 @@ def test_a_halted_run_is_refused_until_a_person_approves_and_goes_on_at_tier_3(h
         rollback.approve(folder, "Bob", "again")
 
 
+def test_a_grader_that_m0_was_not_measured_with_is_refused_at_resume(halted, setting, tmp_path, capsys, monkeypatch):
+    """And one with a remark more, another version that gives the same grades, is not."""
+    folder, grader = shutil.copytree(halted, tmp_path / "run"), Path(setting[1]) / "checksum.py"
+    rollback.approve(folder, "Ada", "the grader was wrong")
+    monkeypatch.setattr(train, "evaluate", Injured(set()))
+    before, was = {path: path.read_bytes() for path in folder.glob("*.json*")}, grader.read_text()
+    try:
+        grader.write_text(was.replace("1 + zlib.crc32(reply.encode()) % 4", "4 - zlib.crc32(reply.encode()) % 4"))
+        with pytest.raises(SystemExit) as ended:
+            resume.main([str(folder), "run.steps=2"])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1 and "put the old grader back" in error
+        assert re.search(r"domain (seen|add): .* gives [1-9]\d* of \d+ anchors another grade", error)
+        assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
+        grader.write_text(was + "# a remark\n")
+        assert resume.main([str(folder), "run.steps=2"]) == 0
+    finally:
+        grader.write_text(was)
+
+
 def test_an_edited_review_is_refused(halted, tmp_path, capsys):
     folder = shutil.copytree(halted, tmp_path / "run")
+    with RunLock() as lock, pytest.raises(ValueError, match="in use by process"):
+        lock.take(folder)
+        rollback.approve(folder, "Ada", "while the run puts itself away")
     rollback.approve(folder, "Ada", "looked at it")
     review = (folder / "review.json").read_text()
     (folder / "review.json").write_text(review.replace("looked at it", "ran all tests"))

@@ -15,6 +15,7 @@ import pytest
 from transformers import LlamaConfig
 
 from infinite_jax import evaluate, export, record, resume, run_folder, session, train
+from infinite_jax.lock import RunLock
 from models import hf, policy, source
 from models.architectures import from_hf
 
@@ -243,6 +244,42 @@ def test_bad_input_is_one_line_and_exit_code_2(setting, straight, capsys, verb, 
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(word.format(run=straight) in error for word in words), error
     assert (straight / "metrics.jsonl").read_text() == before  # nothing saved is lost
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_folder_that_another_process_writes_in_is_refused(setting, straight, tmp_path, capsys):
+    """Once with a run that is there, once with one that is about to be."""
+    taken = (straight, lambda: resume.main([str(straight), "run.steps=8"])), (
+        tmp_path / "run", lambda: train.main([*setting, f"run.dir={tmp_path / 'run'}"]),
+    )  # fmt: skip
+    for folder, begin in taken:
+        with RunLock() as lock:
+            lock.take(folder)
+            before = contents(folder)
+            with pytest.raises(SystemExit) as ended:
+                begin()
+            assert ended.value.code == 2 and contents(folder) == before
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder}: in use by process {os.getpid()} ") and error.count("\n") == 1
+
+
+def test_a_folder_that_another_run_filled_meanwhile_is_refused(setting, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+
+    def finished(*arguments):
+        folder.mkdir()
+        (folder / "config.yaml").write_text("theirs")
+        return open_session(*arguments)
+
+    open_session = train.open_session
+    monkeypatch.setattr(train, "open_session", finished)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*setting, f"run.dir={folder}"])
+    assert ended.value.code == 2 and "is not empty: continue it with" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == "theirs" and not (folder / "contamination").exists()
 
 
 def test_an_edited_config_and_a_changed_reference_are_refused(setting, tmp_path, capsys):

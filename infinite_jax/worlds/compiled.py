@@ -45,7 +45,7 @@ from infinite_jax.score import Scorer
 from infinite_jax.trainer import ROLLOUT_STREAM, stream_key
 from infinite_jax.types import Params, Rollout, TrainState
 from infinite_jax.worlds import side_by_side, stage, tasks
-from infinite_jax.worlds.stage import Data, Settings, World
+from infinite_jax.worlds.stage import Data, Settings, World, take
 from infinite_jax.worlds.table import NO_PROBE, Arm, Probe, Runs
 from infinite_jax.worlds.tasks import Rows
 from models.architectures import DecoderConfig
@@ -85,13 +85,6 @@ class Curves(NamedTuple):
     harder_KD: jax.Array  # f32, of the harder variants
     share_KD: jax.Array  # f32 [K - 1, D], mean shares of a stretch
     tokens_K: jax.Array  # f32 [K - 1], generated in a stretch
-
-
-def take(data: Data, size_D: jax.Array, cursor_D: jax.Array, domain_P: jax.Array) -> tuple[Rows, jax.Array]:
-    """The next row of each drawn domain, leaves [P, ...], and the new cursor; rows come round in the same order."""
-    before_P = jnp.sum(jnp.tril(domain_P[:, None] == domain_P, -1), axis=1)  # the same domain's, earlier in the batch
-    row_P = (cursor_D[domain_P] + before_P) % size_D.astype(jnp.int32)[domain_P]
-    return jax.tree.map(lambda x: x[domain_P, row_P], data.train), cursor_D.at[domain_P].add(1)
 
 
 def grade(graded: bool, world: World, rollout: Rollout, rows: Rows, key: jax.Array) -> Grades:

@@ -94,6 +94,13 @@ class World(NamedTuple):
     coin_D: jax.Array  # bool, graded by a coin
 
 
+def take(data: Data, size_D: jax.Array, cursor_D: jax.Array, domain_P: jax.Array) -> tuple[Rows, jax.Array]:
+    """The next row of each drawn domain, leaves [P, ...], and the new cursor; rows come round in the same order."""
+    before_P = jnp.sum(jnp.tril(domain_P[:, None] == domain_P, -1), axis=1)  # the same domain's, earlier in the batch
+    row_P = (cursor_D[domain_P] + before_P) % size_D.astype(jnp.int32)[domain_P]
+    return jax.tree.map(lambda x: x[domain_P, row_P], data.train), cursor_D.at[domain_P].add(1)
+
+
 def decoder_config(settings: Settings) -> DecoderConfig:
     """A plain Llama of the settings' size."""
     rope, head_dim = Rope("default", 100.0, ()), settings.width // settings.heads
