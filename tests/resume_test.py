@@ -203,8 +203,9 @@ MORE = "name: sort, test: 'gen:sort,split=test'"
             [],
             ["sort retires at 2", "at step 3 already"],
         ),
-        (ADDED, ["retire=cpoy"], ["retire=cpoy", "did you mean copy?"]),
+        (ADDED, ["retire=cpoy"], ["retire=cpoy", "it trains on copy, add"]),
         (ADDED, ["retire=seen"], ["retire=seen", "eval_only"]),
+        (ADDED, ["step=0"], ["step=0", "newest intact checkpoint", "the copy's checkpoints/"]),
         (
             f"- {{{MORE}, environment: list, eval_only: true}}",
             ["retire=copy,add"],
