@@ -78,7 +78,11 @@ def filled(sizes: tuple[int, int, int, int], train: int) -> tuple[int, int, int,
     if -1 in sizes and train % known == 0:
         sizes[sizes.index(-1)] = train // known
     if math.prod(sizes) != train:
-        raise ValueError(f"mesh {written} does not fit {train} devices: the sizes must multiply to {train}")
+        one = "; for one of them alone start with CUDA_VISIBLE_DEVICES=0, for all of them set mesh=auto or mesh.data=-1"
+        raise ValueError(
+            f"mesh {written} does not fit {train} devices: the sizes must multiply to {train}"
+            f"{one if math.prod(sizes) == 1 else ''}"
+        )
     return tuple(sizes)
 
 

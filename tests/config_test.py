@@ -8,7 +8,6 @@ import yaml
 from configs import cli, limits, names, schema
 from configs.cli import compose_config
 
-
 def refusal(*overrides, name="config", folder=None, devices=1) -> str:
     with pytest.raises(ValueError) as caught:
         limits.validate(compose_config(name, folder, list(overrides)), devices)
@@ -95,6 +94,13 @@ def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_p
 def test_bad_values_name_key_value_and_remedy(overrides, words):
     message = refusal(*overrides)
     assert all(word in message for word in words), message
+
+
+def test_a_single_device_is_chosen_by_what_is_visible():
+    message = refusal("mesh=single", devices=8)
+    assert "does not fit 8 devices" in message and "CUDA_VISIBLE_DEVICES=0" in message and "mesh=auto" in message
+    assert "CUDA_VISIBLE_DEVICES" not in refusal("mesh=single", "mesh.data=3", devices=8)
+    limits.validate(compose_config("config", None, ["mesh=single", "mesh.data=-1"]), 8)  # the other remedy
 
 
 @pytest.mark.parametrize(
