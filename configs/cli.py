@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from configs import faults, schema
+from configs import faults, idle, schema
 from sharding import multihost
 
 DONE, FAILED, BAD_INPUT, HALTED, PREEMPTED = 0, 1, 2, 3, 75
@@ -47,6 +47,13 @@ def add_config_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--config-name", default="config", metavar="NAME", help="base file: config, grpo, or yours")
     arguments.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     arguments.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def refuse_config_arguments(given: argparse.Namespace, because: str) -> None:
+    """Raises ValueError, one line, where one of the options above names a file that would not be read."""
+    for option, value, default in (("name", given.config_name, "config"), ("dir", given.config_dir, None)):
+        if value != default:
+            raise ValueError(f"--config-{option} {value}: {because}: leave it out")
 
 
 def add_process_arguments(arguments: argparse.ArgumentParser) -> None:
@@ -102,7 +109,9 @@ def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> s
         raise ValueError(f"--config-dir {folder}: its config.yaml extends itself; give it another name") from error
     if not isinstance(data, dict) or not data.keys() & {"algorithm", "domains"}:
         raise ValueError(f"--config-name {name}: holds no configuration; begin it with `defaults: [config, _self_]`")
-    return schema.build(schema.Config, data | listed)
+    config = schema.build(schema.Config, data | listed)
+    idle.check(config, [text.partition("=")[0].lstrip("+~") for text in overrides])
+    return config
 
 
 def _listed(overrides: Sequence[str]) -> tuple[list[str], dict[str, list]]:

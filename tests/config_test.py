@@ -8,6 +8,9 @@ import yaml
 from configs import cli, limits, names, schema
 from configs.cli import compose_config
 
+ASKS = 'domains=[{name:a,train:"gen:copy,size=9",test:"gen:copy,size=9",rubric:creative_judged}]'
+
+
 def refusal(*overrides, name="config", folder=None, devices=1) -> str:
     with pytest.raises(ValueError) as caught:
         limits.validate(compose_config(name, folder, list(overrides)), devices)
@@ -94,6 +97,27 @@ def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_p
 def test_bad_values_name_key_value_and_remedy(overrides, words):
     message = refusal(*overrides)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["gamma", "gae_lambda", "critic_learning_rate", "value_clip", "freeze_steps"])
+def test_what_only_a_critic_reads_is_not_typed_without_one(name):
+    assert f"algorithm.{name}=1" in refusal(f"algorithm.{name}=1") and "algorithm=ppo" in refusal(f"algorithm.{name}=1")
+    limits.validate(compose_config("config", None, ["algorithm=ppo", f"algorithm.{name}=1"]), 1)
+
+
+def test_a_file_may_hold_what_another_algorithm_reads(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, {override algorithm: ppo}, {override rubric: judge}, _self_]\n"
+        "algorithm: {gamma: 0.9}\nrubric: {judge: {model: x}}\n"
+    )
+    limits.validate(compose_config("mine", str(tmp_path), ["algorithm=grpo"]), 1)
+
+
+@pytest.mark.parametrize("typed", [["rubric=judge"], ["rubric=judge", "rubric.judge.model=x"]])
+def test_a_judge_is_not_typed_where_no_domain_asks_one(typed):
+    assert "rubric: no domain asks a judge" in refusal(*typed)
+    assert compose_config("config", None, [*typed, ASKS]).rubric.judge.votes == 1
+    compose_config("config", None, ["rubric=default"])  # no judge is set by it
 
 
 def test_a_single_device_is_chosen_by_what_is_visible():

@@ -235,6 +235,8 @@ def test_evaluate_and_export_agree_with_the_run(straight, tmp_path, capsys):
         (resume, ["{run}", "run.steps=["], ["parsing"]),
         (resume, ["{run}", "mesh=single"], ["mesh=single", "mesh.<name>"]),
         (evaluate, ["{run}", "algorithm.prompts=9"], ["algorithm.prompts=9", "the run has"]),
+        (evaluate, ["{run}", "--config-name", "none"], ["--config-name none: {run} has a configuration of its own"]),
+        (evaluate, ["{run}", "--config-dir", "none"], ["--config-dir none: {run} has a configuration of its own"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(setting, straight, capsys, verb, arguments, words):
