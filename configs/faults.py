@@ -66,7 +66,7 @@ def _undecoded(folder: str | None) -> str | None:
 def _misshapen(folder: str | None, name: str) -> str | None:
     """Where a file of the user's has a list in place of a mapping, or the other way round."""
     path = Path(folder or "", f"{name}.yaml")
-    if not path.is_file():
+    if folder is None or not path.is_file():
         return None
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "/" in name:  # a file of a group holds one section

@@ -226,6 +226,16 @@ def test_bad_changes_are_one_line_and_leave_the_run_alone(three, tmp_path, monke
     assert {path.name: path.read_bytes() for path in three.iterdir() if path.is_file()} == before
 
 
+def test_a_copy_without_its_later_checkpoints_goes_on_from_the_earlier_one(three, tmp_path, capsys):
+    folder = copied(three, tmp_path)
+    shutil.rmtree(folder / "checkpoints" / "3")
+    assert resume.main([str(folder), "run.steps=2"]) == 0
+    assert f"continuing {folder} after step 0" in capsys.readouterr().out
+    again, first = record.read(folder / "metrics.jsonl"), record.read(three / "metrics.jsonl")
+    assert [row["step"] for row in again] == [0, 1, 2]
+    assert again[1]["reward/mean"] == first[1]["reward/mean"]
+
+
 def test_dates_are_the_step_at_hand_or_later_and_what_retired_cannot_retire_again(three):
     config = run_folder.load_config(three, [])
     later = DomainConfig("later", train="a.json", test="a.json", arrives=50)
