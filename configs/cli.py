@@ -7,19 +7,19 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 halted by a gate, 75 preempted (sav
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from configs import schema
+from configs import faults, idle, schema
 from sharding import multihost
 
 DONE, FAILED, BAD_INPUT, HALTED, PREEMPTED = 0, 1, 2, 3, 75
@@ -47,6 +47,13 @@ def add_config_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--config-name", default="config", metavar="NAME", help="base file: config, grpo, or yours")
     arguments.add_argument("--config-dir", metavar="DIR", help="folder of your own YAML files")
     arguments.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def refuse_config_arguments(given: argparse.Namespace, because: str) -> None:
+    """Raises ValueError, one line, where one of the options above names a file that would not be read."""
+    for option, value, default in (("name", given.config_name, "config"), ("dir", given.config_dir, None)):
+        if value != default:
+            raise ValueError(f"--config-{option} {value}: {because}: leave it out")
 
 
 def add_process_arguments(arguments: argparse.ArgumentParser) -> None:
@@ -81,11 +88,9 @@ def bad_input() -> Iterator[None]:
 
 def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> schema.Config:
     """Composes YAML and overrides into a Config. Raises ValueError, one line, on anything that does not fit."""
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"argument {override!r}: expected key=value, such as run.steps=100")
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"--config-dir {folder}: no such folder")
+    plain, listed = _listed(overrides)
     GlobalHydra.instance().clear()
     # Hydra looks for NAME where it is initialised only; the other place adds files of groups, of names of their own
     if folder is not None and (Path(folder) / f"{name.removesuffix('.yaml')}.yaml").is_file():
@@ -96,32 +101,44 @@ def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> s
         search = [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder is not None else []
     try:
         with context:
-            composed = compose(name.removesuffix(".yaml"), overrides=[*overrides, *search])
+            composed = compose(name.removesuffix(".yaml"), overrides=[*plain, *search])
             data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(_one_line(error, overrides)) from error
+        raise ValueError(faults.one_line(error, overrides, folder)) from error
     except RecursionError as error:
         raise ValueError(f"--config-dir {folder}: its config.yaml extends itself; give it another name") from error
     if not isinstance(data, dict) or not data.keys() & {"algorithm", "domains"}:
         raise ValueError(f"--config-name {name}: holds no configuration; begin it with `defaults: [config, _self_]`")
-    return schema.build(schema.Config, data)
+    config = schema.build(schema.Config, data | listed)
+    idle.check(config, [text.partition("=")[0].lstrip("+~") for text in overrides])
+    return config
 
 
-def _one_line(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's paragraph as one line with the nearest key or option."""
-    text = str(error)
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found.group(1)
-        if key in schema.known_keys():
-            return f"{key}: the file does not extend the base; begin it with `defaults: [config, _self_]`"
-        value = next((item.partition("=")[2] for item in overrides if item.lstrip("+~").startswith(key + "=")), "")
-        return f"unknown key {key}={value}: {schema.nearest(key, schema.known_keys())}"
-    if found := re.search(
-        r"Could not find '([^'/]+)/([^']+)'.*?Available options in '[^']+':(.*?)\n\s*\n", text + "\n\n", re.S
-    ):
-        group, option, rest = found.groups()
-        options = rest.split("Config search path")[0].split()
-        return f"{group}={option}: no such option; {schema.nearest(option, options)}"
-    if found := re.search(r"Cannot find primary config '([^']+)'", text):
-        return f"--config-name {found.group(1)}: no such file; use config, grpo, or a file of --config-dir"
-    return " ".join(text.split())
+def _listed(overrides: Sequence[str]) -> tuple[list[str], dict[str, list]]:
+    """(what Hydra composes, {"domains": [...]} or {}): to Hydra `domains` names a file, and it knows no list of them.
+
+    Raises ValueError, one line, on what is no key=value and on a group that is set to no name.
+    """
+    plain, listed, parser = [], {}, OverridesParser.create()
+    for text in overrides:
+        if "=" not in text:
+            raise ValueError(f"argument {text!r}: expected key=value, such as run.steps=100")
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            key, _, value = text.partition("=")
+            raise ValueError(
+                f"argument {text!r}: {str(error).splitlines()[0]}; a value with special characters stands in quotes of "
+                f"its own, '{key}=\"{value}\"'"
+            ) from error
+        value = override.value()
+        if override.key_or_group == "domains" and isinstance(value, list) and not any(map(_is_text, value)):
+            listed = {"domains": value}
+        else:
+            faults.check_group(override)
+            plain.append(text)
+    return plain, listed
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

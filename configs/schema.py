@@ -4,7 +4,6 @@ Every part of the house owns its section; this file adds those of the loop itsel
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -14,10 +13,13 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from configs import names
+from configs.names import nearest
 from curriculum import suites
 from curriculum.contamination import ContaminationConfig
 from curriculum.domains import DomainConfig
@@ -27,6 +29,8 @@ from models.source import ModelConfig
 from rubric.anchor_keeper import AnchorConfig
 from rubric.evaluator import RubricConfig
 from sharding.mesh import MeshConfig
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -175,11 +179,20 @@ def _join(prefix: str, name: object) -> str:
     return f"{prefix}.{name}" if prefix else str(name)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+def groups() -> list[str]:
+    """Names of what a file is chosen for, group=name."""
+    found = [path for path in HERE.glob("**/") if path != HERE and any(path.glob("*.yaml"))]
+    return sorted(path.relative_to(HERE).as_posix() for path in found)
+
+
+def options(group: str) -> list[str]:
+    """The files of a group that come with the package."""
+    return sorted(path.stem for path in (HERE / group).glob("*.yaml"))
+
+
+def nearest_key(key: str, more: Sequence[str] = ()) -> str:
+    """The remedy for a key that is neither of the schema nor one of `more`."""
+    return names.nearest_key(key, [*more, *known_keys()], groups())
 
 
 def get(config: Config, key: str) -> Any:
@@ -196,8 +209,10 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
             raise ValueError(
                 f"argument {assignment!r}: groups are chosen at the start; set single keys, {key}.<name>=..."
             )
-        if not equals or key not in known_keys():
-            raise ValueError(f"argument {assignment!r}: expected key=value; {nearest(key, known_keys())}")
+        if not equals:
+            raise ValueError(f"argument {assignment!r}: expected key=value, such as run.steps=100")
+        if key not in known_keys():
+            raise ValueError(f"unknown key {assignment}: {nearest_key(key)}")
         *sections, name = key.split(".")
         functools.reduce(dict.__getitem__, sections, data)[name] = yaml.safe_load(value)
     return build(Config, data)

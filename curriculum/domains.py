@@ -65,6 +65,8 @@ class Domain(NamedTuple):
 
 def check(configs: Sequence[DomainConfig]) -> None:
     """Raises ValueError, one line that begins with the key, on values that no run can use. Reads nothing."""
+    if not configs:
+        raise ValueError("domains=[]: a run needs at least one domain: {name: ..., train: ..., test: ...}")
     first: dict[str, int] = {}
     for i, config in enumerate(configs):
         where = f"domains[{i}]"

@@ -93,7 +93,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         if equals and key == "curriculum":
             raise ValueError(f"argument {override!r}: the arms choose the curriculum; set arms=[...]")
         if equals and first not in own_keys and first not in groups:
-            raise ValueError(f"unknown key {override}: {schema.nearest(key, [*own_keys, *schema.known_keys()])}")
+            raise ValueError(f"unknown key {override}: {schema.nearest_key(key, own_keys)}")
         (own if first in own_keys else rest).append(override)
     return own, rest
 

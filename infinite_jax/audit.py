@@ -16,7 +16,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import contamination_report, gate, memorised
+from infinite_jax import contamination_report, gate, memorised, run_folder
 from infinite_jax.session import set_up_runtime
 from sharding.mesh import MeshConfig
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = located(cli.compose_config(given.config_name, given.config_dir, given.overrides))
         config = dataclasses.replace(config, mesh=ANY_MESH)  # it need not run where the run will
         set_up_runtime(config)
+        run_folder.check_writable(Path(config.run.dir), "run.dir=")  # before what takes long
         screened = gate.screen(config, again=given.again)
         folder = Path(config.run.dir) / gate.FOLDER
         if screened.report is None:

@@ -48,6 +48,11 @@ def take(overrides: Sequence[str]) -> tuple[Changes, list[str]]:
             add += _entries(Path(value))
         elif key == "retire":
             retire += [name.strip() for name in value.split(",")]
+        elif key == "step":
+            raise ValueError(
+                f"{item}: a run goes on from its newest intact checkpoint: for an earlier one copy the run's folder, "
+                "delete the later folders of the copy's checkpoints/ and resume the copy"
+            )
         else:
             rest.append(item)
     return Changes(tuple(add), tuple(retire)), rest
@@ -83,7 +88,8 @@ def apply(config: Config, changes: Changes) -> Config:
         known[domain.name] = domain
     for name in changes.retire:
         if name not in known:
-            raise ValueError(f"retire={name}: the run has no such domain; {schema.nearest(name, known)}")
+            trained = ", ".join(domain.name for domain in config.domains if not domain.eval_only)
+            raise ValueError(f"retire={name}: the run has no such domain; it trains on {trained}")
         if known[name].eval_only:
             raise ValueError(f"retire={name}: it is eval_only, so it is not trained on: leave it out")
     added = schema.located(dataclasses.replace(config, domains=changes.add)).domains

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.overrides and ("=" not in given.overrides[0] or Path(given.overrides[0]).is_dir()):
             step, overrides = run_folder.take_step(given.overrides[1:])
             run_dir = Path(given.overrides[0])
+            cli.refuse_config_arguments(given, f"{run_dir} has a configuration of its own")
             config = run_folder.load_config(run_dir, overrides, also_free=("eval",))
         else:
             run_dir, config = None, cli.compose_config(given.config_name, given.config_dir, given.overrides)

@@ -26,12 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     arguments.add_argument("out", type=Path, metavar="OUT")
     arguments.add_argument(
-        "overrides", nargs="*", metavar="step=best|N", help="default: the newest; as=adapter; or mesh.*=..."
+        "overrides",
+        nargs="*",
+        default=[],  # without one argparse calls it required
+        metavar="step=best|N",
+        help="default: the newest; as=adapter; or mesh.*=...",
     )
     given = arguments.parse_args(argv)
     with cli.bad_input():
         step, overrides = run_folder.take_step([item for item in given.overrides if not item.startswith("as=")])
         form = next((item for item in reversed(given.overrides) if item.startswith("as=")), "as=merged")
+        run_folder.check_writable(given.out, "OUT ")
         if given.out.exists() and any(given.out.iterdir()):
             raise ValueError(f"{given.out} is not empty: name another folder")
         config = run_folder.load_config(given.run_dir, overrides)

@@ -33,6 +33,7 @@ from curriculum.domains import Domain
 from infinite_jax import atomic, contamination_report, waiting
 from sharding import exchange, multihost
 
+WORST = 3  # domains that the console names
 RULES = 1  # of the comparison; raised with every change that can change what is found
 FOLDER, REMOVED = "contamination", "removed.json"
 REMOVE, KEEP, LATE, STOP = "removed", "kept", "kept: trained on already", "halted"
@@ -205,6 +206,7 @@ def _say(config: ContaminationConfig, report: dict, halted: str) -> None:
             print(f"contamination: stage {stage['name']} NOT RUN: {stage['note']}")
     counts = Counter(match["action"] for match in report["matches"])
     done = ", ".join(f"{number:,} {action}" for action, number in counts.items()) or "none matched"
+    done += _where(report["matches"])
     hit = " (cache hit)" if summary["cache_hit"] else ""
     print(
         f"contamination: {summary['train_rows']:,} training rows against {summary['evaluation_rows']:,} evaluation "
@@ -212,6 +214,15 @@ def _say(config: ContaminationConfig, report: dict, halted: str) -> None:
     )
     if halted:
         print(f"halted: {halted}", file=sys.stderr)
+
+
+def _where(matches: list[dict]) -> str:
+    """ " (a 60, b 30, c 5, 2 other domains 7)": the matched rows of the worst three domains and of the rest."""
+    rows = Counter(match["domain"] for match in matches).most_common()
+    parts = [f"{name} {number:,}" for name, number in rows[:WORST]]
+    if others := rows[WORST:]:
+        parts.append(f"{len(others)} other domain{'s' * (len(others) > 1)} {sum(number for _, number in others):,}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def rows_sha256(domain: Domain) -> str:
@@ -252,6 +263,8 @@ def write(folder: Path, screened: Screened) -> None:
     if screened.halted:
         print(f"report: {folder / contamination_report.REPORT}, {folder / contamination_report.PAGE}", file=sys.stderr)
     else:
+        if screened.report is not None and screened.report["matches"]:
+            print(f"contamination: every match stands in {folder / contamination_report.PAGE}")
         atomic.replace(folder / REMOVED, json.dumps(screened.removed))
 
 

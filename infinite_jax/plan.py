@@ -97,7 +97,7 @@ def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if equals and key not in names and key.lstrip("+~").split(".")[0] not in groups:
-            raise ValueError(f"unknown key {override}: {schema.nearest(key, [*names, *schema.known_keys()])}")
+            raise ValueError(f"unknown key {override}: {schema.nearest_key(key, names)}")
         (own if key in names else rest).append(override)
     return own, rest
 

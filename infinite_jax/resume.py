@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument(
         "overrides",
         nargs="*",
+        default=[],  # without one argparse calls it required
         metavar="key=value",
         help="run.steps, run.tokens, run.*_every, run.keep_*, mesh.*; add=FILE, a YAML list of domains, as under "
         "`domains:`; retire=NAME[,NAME], no longer trained on, still evaluated",

@@ -1,6 +1,8 @@
 """A run's folder: its name, and config.yaml with what is needed to trust a continuation."""
 
+import contextlib
 import datetime
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from sharding import exchange, multihost
 
 
 def choose(config: Config) -> Path:
-    """run.dir (default runs/<name>-<UTC time>), on all processes the first one's choice. Makes nothing yet.
+    """run.dir (default runs/<name>-<UTC time>), on all processes the first one's choice. Leaves no folder behind yet.
 
-    Raises ValueError, on the first process, if the folder holds anything.
+    Raises ValueError, on the first process, if the folder holds anything or cannot be written.
     """
     return Path(exchange.from_first(str(_choose(config)) if multihost.is_first() else None))
 
@@ -29,6 +31,7 @@ def choose(config: Config) -> Path:
 def _choose(config: Config) -> Path:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run.dir or f"runs/{config.run.name}-{stamp}")
+    check_writable(folder, "run.dir=")
     _check_new(folder)
     return folder
 
@@ -37,7 +40,7 @@ def _check_new(folder: Path) -> None:
     """Raises ValueError if the folder holds anything of a run."""
     # a report of the contamination gate, or what M0 wrote, is no run: the gate halted one, or was asked before
     before = ("contamination", "rehearsal", LOCK)
-    if folder.exists() and (not folder.is_dir() or any(path.name not in before for path in folder.iterdir())):
+    if folder.exists() and any(path.name not in before for path in folder.iterdir()):
         raise ValueError(
             f"run.dir={folder} is not empty: continue it with `python -m infinite_jax.resume {folder}` or name another"
         )
@@ -51,6 +54,25 @@ def hold(lock: RunLock, folder: Path) -> None:
     lock.take(folder)
     if multihost.is_first():
         _check_new(folder)
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raises ValueError, one line, where `folder` is a file, cannot be made or takes no files; what: before its name.
+
+    Tried out, since only the file system knows: what was made for that is removed, but for folders above `folder`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{what}{folder} is a file: name a folder")
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{what}{folder} cannot be written ({error.strerror}): name another folder") from error
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # by now it may be another run's
+                folder.rmdir()
 
 
 def claim(folder: Path, config: Config, data_sha256: dict[str, str]) -> None:

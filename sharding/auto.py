@@ -16,7 +16,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from sharding.mesh import AXES, MeshConfig, training_devices, with_sizes
+from sharding.mesh import AXES, MeshConfig, filled, training_devices, with_sizes
 
 STATE = 16  # bytes a parameter that learns: float32 parameter and gradient 8, AdamW's moments 8
 MOMENTS = 8  # of them, those that mesh.offload=optimizer leaves on the host
@@ -43,10 +43,10 @@ class Need:
 
 
 def choose(config: MeshConfig, num_devices: int, need: Need) -> tuple[MeshConfig, str]:
-    """`config` with a size in place of every 0 (and -1), and why, in one line. Sizes that are given stay.
+    """`config` with a size in place of every 0, and why, in one line. Sizes that are given stay.
 
-    With sizes to choose, rollout_tensor=0 is chosen, too: the least split that divides the rows of a rollout and whose
-    weights leave room for keys and values.
+    Beside a -1, which takes all that the given sizes leave, every 0 is 1. With sizes to choose, rollout_tensor=0 is
+    chosen, too: the least split that divides the rows of a rollout and whose weights leave room for keys and values.
     Raises ValueError as `possible` does.
     """
     devices = training_devices(config, num_devices)
@@ -70,7 +70,10 @@ def choose(config: MeshConfig, num_devices: int, need: Need) -> tuple[MeshConfig
 def possible(config: MeshConfig, num_devices: int, rows: int) -> list[tuple[int, int, int, int]]:
     """All sizes that the given ones and the `rows` of a micro-batch allow. Raises ValueError where there are none."""
     devices = training_devices(config, num_devices)
-    given = {axis: size for axis, size in zip(AXES, config.sizes) if size not in (0, -1)}
+    sizes = config.sizes
+    if -1 in sizes:  # as many as the others leave: nothing is left to choose
+        sizes = filled(tuple(size or 1 for size in sizes), devices)
+    given = {axis: size for axis, size in zip(AXES, sizes) if size}
     written = ", ".join(f"{axis}={size}" for axis, size in given.items())
     fitting = [
         sizes for sizes in _factors(devices) if all(given.get(axis, size) == size for axis, size in zip(AXES, sizes))

@@ -23,7 +23,7 @@ OFFLOAD = ("none", "optimizer", "reference", "both")
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int  # sizes: -1 on one axis = as many as the other axes leave; 0 = chosen (sharding/auto.py)
+    data: int  # sizes: 0 = chosen (sharding/auto.py); -1 on one axis = as many as the others leave, 0 being 1 then
     fsdp: int
     seq: int
     tensor: int
@@ -60,19 +60,28 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int, int
     sizes do not fit.
     """
     train = training_devices(config, num_devices)
-    sizes = list(config.sizes)
-    written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    sizes = filled(config.sizes, train)
+    sampling, tensor = config.rollout_devices or train, config.rollout_tensor or sizes[-1]
+    if tensor < 1 or sampling % tensor:
+        raise ValueError(
+            f"mesh.rollout_tensor={config.rollout_tensor}: {tensor} must divide the rollout's {sampling} devices"
+        )
+    return sizes
+
+
+def filled(sizes: tuple[int, int, int, int], train: int) -> tuple[int, int, int, int]:
+    """`sizes`, in the order of AXES, on `train` devices, with the one -1 filled in. Raises ValueError as axis_sizes."""
+    written, sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes)), list(sizes)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh {written}: sizes are positive, and at most one may be -1 (fill up)")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and train % known == 0:
         sizes[sizes.index(-1)] = train // known
     if math.prod(sizes) != train:
-        raise ValueError(f"mesh {written} does not fit {train} devices: the sizes must multiply to {train}")
-    sampling, tensor = config.rollout_devices or train, config.rollout_tensor or sizes[-1]
-    if tensor < 1 or sampling % tensor:
+        one = "; for one of them alone start with CUDA_VISIBLE_DEVICES=0, for all of them set mesh=auto or mesh.data=-1"
         raise ValueError(
-            f"mesh.rollout_tensor={config.rollout_tensor}: {tensor} must divide the rollout's {sampling} devices"
+            f"mesh {written} does not fit {train} devices: the sizes must multiply to {train}"
+            f"{one if math.prod(sizes) == 1 else ''}"
         )
     return tuple(sizes)
 

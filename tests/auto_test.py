@@ -55,12 +55,32 @@ def test_choice_by_hand(need, devices, changes, sizes, rollout_tensor, because):
 
 def test_what_is_given_stays():
     assert found(LARGE, 8, MeshConfig(0, 0, 0, 4, 0, 0, "none"))[0] == (2, 1, 1, 4)
-    assert found(LARGE, 8, MeshConfig(-1, 2, 0, 0, 2, 0, "none"))[:2] == ((2, 2, 1, 2), 2)
+    assert found(LARGE, 8, MeshConfig(0, 2, 0, 0, 2, 0, "none"))[:2] == ((2, 2, 1, 2), 2)
     assert found(LARGE, 8, MeshConfig(0, 0, 0, 0, 0, 4, "none"))[0] == (1, 4, 1, 1)  # four devices train
     assert found(LARGE, 8, MeshConfig(0, 0, 0, 0, 0, 0, "both"))[0] == (4, 2, 1, 1)  # 70 / 48 = 1.5
 
 
+@pytest.mark.parametrize(
+    "given, sizes",
+    [
+        ((0, -1, 0, 0), (1, 8, 1, 1)),
+        ((0, 0, 0, -1), (1, 1, 1, 8)),
+        ((-1, 2, 0, 0), (4, 2, 1, 1)),
+        ((2, -1, 0, 2), (2, 2, 1, 2)),
+    ],
+)
+def test_one_axis_takes_what_the_given_ones_leave(given, sizes):
+    assert found(HALF, 8, MeshConfig(*given, 0, 0, "none"))[0] == sizes  # which alone would be (8, 1, 1, 1)
+    assert found(HALF, 12, MeshConfig(*given, 0, 4, "none"))[0] == sizes  # four sample, whatever tensor is
+
+
 def test_impossible_sizes_are_one_line():
+    with pytest.raises(ValueError, match=r"mesh data=-1, fsdp=-1, seq=1, tensor=1: .* at most one may be -1"):
+        possible(MeshConfig(-1, -1, 0, 0, 0, 0, "none"), 8, 64)
+    with pytest.raises(ValueError, match="mesh data=1, fsdp=-1, seq=1, tensor=3 does not fit 8 devices"):
+        possible(MeshConfig(0, -1, 0, 3, 0, 0, "none"), 8, 64)
+    with pytest.raises(ValueError, match="mesh data=1, fsdp=8, seq=1, tensor=1 on 8 devices: the 6 rows"):
+        possible(MeshConfig(0, -1, 0, 0, 0, 0, "none"), 8, 6)
     with pytest.raises(ValueError, match="mesh tensor=3 does not fit 8 devices"):
         possible(MeshConfig(0, 0, 0, 3, 0, 0, "none"), 8, 64)
     with pytest.raises(ValueError, match="the 6 rows of a micro-batch are not divisible"):

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import yaml
 
-from configs import cli, limits, schema
+from configs import cli, limits, names, schema
 from configs.cli import compose_config
+
+ASKS = 'domains=[{name:a,train:"gen:copy,size=9",test:"gen:copy,size=9",rubric:creative_judged}]'
 
 
 def refusal(*overrides, name="config", folder=None, devices=1) -> str:
@@ -80,11 +82,97 @@ def test_a_users_own_file_extends_the_base_and_gives_the_whole_domain_list(tmp_p
         (["mesh.data=3"], ["data=3", "1 devices"]),
         (["run.steps"], ["'run.steps'", "key=value"]),
         (["+run.stepz=1"], ["run.stepz=1", "did you mean steps"]),
+        (["run.name=a=b"], ["'run.name=a=b'", """'run.name="a=b"'"""]),
+        (["domains=[]"], ["domains=[]", "at least one domain"]),
+        (["domains=[{name:a,trian:x}]"], ["domains[0].trian='x'", "did you mean train?"]),
+        (["domains={a:1}"], ["domains={a:1}", "tiny_calculator", "domains=[{name:"]),
+        (["mesh=8"], ["mesh=8: expected one of auto, single,", "mesh.data="]),
+        (["mesh=[]"], ["mesh=[]: expected one of auto, single,"]),
+        (["model/lora=8"], ["model/lora=8: expected one of default,", "model.lora.rank="]),
+        (["model/lora=nope"], ["model/lora=nope: no such option; known: default"]),
+        (["mesh.data=-1", "mesh.fsdp=-1"], ["data=-1, fsdp=-1", "at most one may be -1"]),
+        (["rubric.judge.model=x"], ["rubric.judge.model", "set rubric=judge, too"]),
     ],
 )
 def test_bad_values_name_key_value_and_remedy(overrides, words):
     message = refusal(*overrides)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["gamma", "gae_lambda", "critic_learning_rate", "value_clip", "freeze_steps"])
+def test_what_only_a_critic_reads_is_not_typed_without_one(name):
+    assert f"algorithm.{name}=1" in refusal(f"algorithm.{name}=1") and "algorithm=ppo" in refusal(f"algorithm.{name}=1")
+    limits.validate(compose_config("config", None, ["algorithm=ppo", f"algorithm.{name}=1"]), 1)
+
+
+def test_a_file_may_hold_what_another_algorithm_reads(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [config, {override algorithm: ppo}, {override rubric: judge}, _self_]\n"
+        "algorithm: {gamma: 0.9}\nrubric: {judge: {model: x}}\n"
+    )
+    limits.validate(compose_config("mine", str(tmp_path), ["algorithm=grpo"]), 1)
+
+
+@pytest.mark.parametrize("typed", [["rubric=judge"], ["rubric=judge", "rubric.judge.model=x"]])
+def test_a_judge_is_not_typed_where_no_domain_asks_one(typed):
+    assert "rubric: no domain asks a judge" in refusal(*typed)
+    assert compose_config("config", None, [*typed, ASKS]).rubric.judge.votes == 1
+    compose_config("config", None, ["rubric=default"])  # no judge is set by it
+
+
+def test_a_single_device_is_chosen_by_what_is_visible():
+    message = refusal("mesh=single", devices=8)
+    assert "does not fit 8 devices" in message and "CUDA_VISIBLE_DEVICES=0" in message and "mesh=auto" in message
+    assert "CUDA_VISIBLE_DEVICES" not in refusal("mesh=single", "mesh.data=3", devices=8)
+    limits.validate(compose_config("config", None, ["mesh=single", "mesh.data=-1"]), 8)  # the other remedy
+
+
+@pytest.mark.parametrize(
+    "override, remedy",
+    [
+        ("curiculum=uniform", "did you mean curriculum?"),
+        ("modle=hf", "did you mean model?"),
+        ("algoritm=ppo", "did you mean algorithm?"),
+        ("lora=8", "did you mean model.lora.rank or model.lora.alpha or model.lora.targets?"),
+        ("lr=1", "did you mean algorithm.learning_rate?"),
+        ("algorithm.lr=1", "did you mean algorithm.learning_rate?"),
+        ("algorithm.beta=1", "did you mean algorithm.kl_coef?"),
+        ("lerning_rate=1", "did you mean algorithm.learning_rate?"),
+        ("algoritm.learning_rate=1", "did you mean algorithm.learning_rate?"),
+        ("curriculum.prmpt=1", "did you mean curriculum.prompt.beta?"),
+        ("eval.zzz=3", "known: eval.batch, eval.prompts, eval.samples, eval.canary"),
+        ("zzz=3", "the sections are run, model, domains,"),
+    ],
+)
+def test_the_remedy_for_an_unknown_key(override, remedy):
+    message = refusal(override)
+    assert f"unknown key {override}: {remedy}" in message and len(message) < 200, message
+
+
+@pytest.mark.parametrize(
+    "assignment, message",
+    [
+        ("run.step=9", "unknown key run.step=9: did you mean run.steps?"),
+        ("run.steps", "argument 'run.steps': expected key=value, such as run.steps=100"),
+        ("mesh=single", "argument 'mesh=single': groups are chosen at the start; set single keys, mesh.<name>=..."),
+    ],
+)
+def test_what_a_saved_configuration_cannot_take(assignment, message):
+    with pytest.raises(ValueError) as caught:
+        schema.override(compose_config("config", None, []), [assignment])
+    assert str(caught.value) == message
+
+
+def test_every_other_name_of_a_key_stands_for_one_that_exists():
+    ends = {key.rpartition(".")[2] for key in schema.known_keys()}
+    assert set(names.SAME.values()) <= ends and not {*names.SAME} & (ends - {"beta"})
+
+
+def test_domains_are_written_out_on_the_command_line():
+    listed = 'domains=[{name:a,train:"gen:copy,size=20",test:"gen:copy,size=5"},{name:b,test:t.jsonl,eval_only:true}]'
+    first, second = compose_config("config", None, ["run.steps=2", listed]).domains
+    assert (first.name, first.train, first.test) == ("a", "gen:copy,size=20", "gen:copy,size=5")
+    assert (second.name, second.eval_only) == ("b", True)
 
 
 def test_a_critic_needs_no_second_sample_of_a_prompt():
@@ -112,12 +200,22 @@ def test_a_batch_that_the_mesh_does_not_divide():
         ("curriculum: {difficulty: adaptive}", ["curriculum.difficulty=adaptive", "difficulty=1..4"]),
         ("curriculum: {prompt: {unseen: 2.0}}", ["curriculum.prompt.unseen=2.0", "plain first epoch"]),
         ("run: {steps: 1", ["mine.yaml"]),
+        ("domains: []", ["at least one domain"]),
+        ("domains: {a: {train: x}}", ["mine.yaml: domains={'a': {'train': 'x'}}", "expected a list, - {name: ..."]),
+        ("algorithm: {prompt_buckets: {a: 1}}", ["mine.yaml: algorithm.prompt_buckets={'a': 1}", "expected a list"]),
+        ("algorithm: [1]", ["mine.yaml: algorithm=[1]", "expected a mapping"]),
+        ("algorithm: {lr: 1.0}", ["algorithm.lr=1.0", "did you mean learning_rate?"]),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, text, words):
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\n" + text + "\n")
     message = refusal(name="mine", folder=str(tmp_path))
     assert all(word in message for word in words), message
+
+
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("defaults: [config, _self_]\nrun: {name: à}\n".encode("latin-1"))
+    assert f"{tmp_path}/mine.yaml:2: byte 0xe0 is not UTF-8" in refusal(name="mine", folder=str(tmp_path))
 
 
 def test_a_file_that_is_no_extension_of_the_base(tmp_path):

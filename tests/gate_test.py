@@ -57,9 +57,23 @@ def test_audit_names_every_match_with_its_texts_untouched(mine, capsys):
     summary = found["summary"]
     assert summary["domains"]["a"]["share"] == 0.2 and summary["domains"]["b"]["evaluation_matched"] == 1
     assert len(summary["config_hash"]) == 64 and summary["data_sha256"].keys() == {"a", "b"}
-    assert "15 training rows against 4 evaluation prompts: 2 removed" in capsys.readouterr().out
+    assert "15 training rows against 4 evaluation prompts: 2 removed (a 2)\n" in capsys.readouterr().out
     page = (Path("run") / "contamination" / "report.html").read_text()
     assert "COPY: z!" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_the_console_names_the_worst_domains_and_the_page(mine, tmp_path, capsys):
+    for name in "bcde":  # one row, one, two, one; a has two
+        rows = [row(f"{name} {i}") for i in range(3)] + [row("copy: z")] + [row("copy: Y")] * (name == "d")
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    more = "".join(f"  - {{name: {name}, train: {name}.jsonl, test: b_test.jsonl}}\n" for name in "cde")
+    text = (tmp_path / "mine.yaml").read_text().replace("algorithm:", more + "algorithm:")
+    (tmp_path / "mine.yaml").write_text(text)
+    gate.write(tmp_path / "report", gate.screen(cli.compose_config("mine", str(tmp_path), mine[4:])))
+    said = capsys.readouterr().out
+    assert ": 7 removed (a 2, d 2, b 1, 2 other domains 2)\n" in said
+    assert f"contamination: every match stands in {tmp_path}/report/report.html\n" in said
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
 def test_the_page_escapes_what_rows_hold(mine, tmp_path):

@@ -203,8 +203,9 @@ MORE = "name: sort, test: 'gen:sort,split=test'"
             [],
             ["sort retires at 2", "at step 3 already"],
         ),
-        (ADDED, ["retire=cpoy"], ["retire=cpoy", "did you mean copy?"]),
+        (ADDED, ["retire=cpoy"], ["retire=cpoy", "it trains on copy, add"]),
         (ADDED, ["retire=seen"], ["retire=seen", "eval_only"]),
+        (ADDED, ["step=0"], ["step=0", "newest intact checkpoint", "the copy's checkpoints/"]),
         (
             f"- {{{MORE}, environment: list, eval_only: true}}",
             ["retire=copy,add"],
@@ -223,6 +224,16 @@ def test_bad_changes_are_one_line_and_leave_the_run_alone(three, tmp_path, monke
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
     assert {path.name: path.read_bytes() for path in three.iterdir() if path.is_file()} == before
+
+
+def test_a_copy_without_its_later_checkpoints_goes_on_from_the_earlier_one(three, tmp_path, capsys):
+    folder = copied(three, tmp_path)
+    shutil.rmtree(folder / "checkpoints" / "3")
+    assert resume.main([str(folder), "run.steps=2"]) == 0
+    assert f"continuing {folder} after step 0" in capsys.readouterr().out
+    again, first = record.read(folder / "metrics.jsonl"), record.read(three / "metrics.jsonl")
+    assert [row["step"] for row in again] == [0, 1, 2]
+    assert again[1]["reward/mean"] == first[1]["reward/mean"]
 
 
 def test_dates_are_the_step_at_hand_or_later_and_what_retired_cannot_retire_again(three):

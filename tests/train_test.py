@@ -222,6 +222,8 @@ def test_evaluate_and_export_agree_with_the_run(straight, tmp_path, capsys):
     "verb, arguments, words",
     [
         (train, ["run.dir={run}"], ["run.dir={run}", "not empty", "resume"]),
+        (train, ["run.dir={run}/metrics.jsonl"], ["run.dir={run}/metrics.jsonl is a file: name a folder"]),
+        (train, ["run.dir=/proc/x"], ["run.dir=/proc/x cannot be written", "name another folder"]),
         (train, ["model.path=/nowhere/at/all"], ["/nowhere/at/all"]),
         (train, ["algorithm.prompt_buckets=[4]"], ["tokens", "algorithm.prompt_buckets", "raise it"]),
         (resume, ["{run}"], ["run.steps=6", "already"]),
@@ -229,10 +231,13 @@ def test_evaluate_and_export_agree_with_the_run(straight, tmp_path, capsys):
         (resume, ["{run}", "run.stepz=9"], ["run.stepz=9", "did you mean run.steps"]),
         (resume, ["/nowhere"], ["/nowhere", "no config.yaml"]),
         (export, ["{run}", "{run}"], ["{run}", "not empty"]),
+        (export, ["{run}", "{run}/metrics.jsonl"], ["OUT {run}/metrics.jsonl is a file: name a folder"]),
         (export, ["{run}", "{run}/out", "step=x"], ["step=x", "best"]),
         (resume, ["{run}", "run.steps=["], ["parsing"]),
         (resume, ["{run}", "mesh=single"], ["mesh=single", "mesh.<name>"]),
         (evaluate, ["{run}", "algorithm.prompts=9"], ["algorithm.prompts=9", "the run has"]),
+        (evaluate, ["{run}", "--config-name", "none"], ["--config-name none: {run} has a configuration of its own"]),
+        (evaluate, ["{run}", "--config-dir", "none"], ["--config-dir none: {run} has a configuration of its own"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(setting, straight, capsys, verb, arguments, words):
@@ -280,6 +285,19 @@ def test_a_folder_that_another_run_filled_meanwhile_is_refused(setting, tmp_path
         train.main([*setting, f"run.dir={folder}"])
     assert ended.value.code == 2 and "is not empty: continue it with" in capsys.readouterr().err
     assert (folder / "config.yaml").read_text() == "theirs" and not (folder / "contamination").exists()
+
+
+def test_what_an_export_lacks_is_its_folder_alone(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["run"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: OUT\n")
+
+
+def test_a_folder_that_was_tried_out_is_gone_again(tmp_path):
+    run_folder.check_writable(tmp_path / "a" / "b", "run.dir=")
+    (tmp_path / "c").mkdir()
+    run_folder.check_writable(tmp_path / "c", "run.dir=")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "c"} and not (tmp_path / "a" / "b").exists()
 
 
 def test_an_edited_config_and_a_changed_reference_are_refused(setting, tmp_path, capsys):

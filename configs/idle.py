@@ -1,0 +1,37 @@
+"""Keys of the command line that this run would never read.
+
+Only what was typed is refused, not what a file holds: a file serves several algorithms and sets of domains, and
+model=tiny itself states the learning rate of a critic that most runs do not have. Nothing is lost on a choice of
+groups, `algorithm=grpo` over a file that begins with ppo, and a saved configuration resumes.
+"""
+
+from collections.abc import Iterable
+
+from configs.schema import Config, get
+from rubric import schema
+
+OF_GAE = ("gamma", "gae_lambda", "critic_learning_rate", "value_clip", "freeze_steps")  # and of its critic
+
+
+def check(config: Config, typed: Iterable[str]) -> None:
+    """Raises ValueError, one line, on a key or group among `typed` that nothing of `config` asks for."""
+    advantage, judged = config.algorithm.advantage, None
+    for key in typed:
+        section, _, name = key.partition(".")
+        if section == "algorithm" and name in OF_GAE and advantage != "gae":
+            raise ValueError(
+                f"{key}={get(config, key)}: algorithm.advantage={advantage} never reads it: leave it out, or set "
+                "algorithm=ppo"
+            )
+        if config.rubric.judge is not None and (key == "rubric" or key.startswith("rubric.judge")):
+            if judged is None:
+                judged = any(rubric and rubric.judged for rubric in _rubrics(config))
+            if not judged:
+                raise ValueError(
+                    f"{key}: no domain asks a judge, so none would be asked: leave it out, or give a domain a rubric "
+                    "with one, such as `rubric: creative_judged`"
+                )
+
+
+def _rubrics(config: Config) -> list[schema.Rubric | None]:
+    return schema.load_all([domain.rubric for domain in config.domains])
