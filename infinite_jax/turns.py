@@ -113,7 +113,7 @@ def go_on(
     stops = jnp.array(sampling.stop_ids, jnp.int32)
 
     def body(loop):
-        rows, active_B, waiting = loop
+        rows, active_B = loop
         token_B = jnp.take_along_axis(rows.tokens_BS, rows.length_B[:, None], axis=1)[:, 0]
         hidden_BE, cache = decode(token_B, rows.length_B, context.prefix, context.ahead_P, rows.cache)
         logits_BV = policy.unembed(config, context.params, hidden_BE)
@@ -121,14 +121,16 @@ def go_on(
         match_B = table_XV[rows.match_B, token_B].astype(jnp.int32)
         ended_B = jnp.isin(token_B, stops) | (match_B == FOUND)
         rows = _sampled(rows._replace(cache=cache), active_B, token_B, logp_B, match_B, ended_B)
-        left_B = active_B & ~rows.ended_B & (rows.length_B < sampling.max_new_tokens)
-        return rows, left_B, waiting + jnp.sum(active_B & ~left_B & waits_B)
+        return rows, active_B & ~rows.ended_B & (rows.length_B < sampling.max_new_tokens)
 
     def unfinished(loop):
-        _, active_B, waiting = loop
-        return jnp.any(active_B) & (waiting < patience)
+        # Counted anew, both in one sum over the devices. A count kept up in the loop would be another on each device:
+        # XLA on GPUs (jax 0.11.2) moves its sum behind the loop, though the condition reads it, and all wait for ever.
+        _, left_B = loop
+        left, waiting = jnp.sum(jnp.stack([left_B, active_B & ~left_B & waits_B]), axis=1)
+        return (left > 0) & (waiting < patience)
 
-    rows, active_B, _ = jax.lax.while_loop(unfinished, body, (rows._replace(cache=cache), active_B, jnp.int32(0)))
+    rows, active_B = jax.lax.while_loop(unfinished, body, (rows._replace(cache=cache), active_B))
     return _constrained(rows), active_B
 
 
