@@ -30,6 +30,7 @@ from rubric.verify import GRADERS
 CHUNK = 16  # rows handed over at once at most: a message costs about as much as a cheap grade
 START_S = 60.0  # seconds until a worker is ready; importing computer algebra takes some
 STARTS = 3  # failed starts in one batch before the rest of the batch is given up
+OF_REWARD = "for a reward from 0 to 1 return 1 + 3 * reward, or write `def reward_fn(messages, answer)` instead"
 IN_A_ROW = 8  # rows of one environment lost with no answer in between (twice the workers if that is more): it is down
 
 
@@ -68,9 +69,12 @@ def load(environment: str) -> Callable[[str, object, dict], float]:
 def graded(grader: Callable[[str, object, dict], float], task: Task) -> Result:
     """The grader's answer, or what it raised."""
     try:
-        grade = float(grader(task.reply, task.answer, task.meta))
+        given = grader(task.reply, task.answer, task.meta)
+        if type(given).__name__ in ("bool", "bool_"):  # numpy's too, which workers need not import
+            return Result(None, f"the grader returned {given}, and grades are 1 to 4: {OF_REWARD}")
+        grade = float(given)
         if not 1.0 <= grade <= 4.0:
-            return Result(None, f"grade {grade:g} is outside the scale 1 to 4")
+            return Result(None, f"grade {grade:g} is outside the scale 1 to 4: {OF_REWARD}")
         return Result(grade, "")
     except (Exception, SystemExit) as error:
         return Result(None, reason_of(error))

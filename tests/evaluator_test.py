@@ -145,10 +145,27 @@ def test_rows_that_cannot_be_graded_are_invalid_and_the_others_graded(hasty):
         (0, "worker process died with status 3"): 1,
         (0, "worker process died with status -9"): 1,
         (0, "SystemExit: 1"): 1,
-        (0, "grade 9 is outside the scale 1 to 4"): 1,
-        (0, "grade nan is outside the scale 1 to 4"): 1,
+        (0, f"grade 9 is outside the scale 1 to 4: {pool.OF_REWARD}"): 1,
+        (0, f"grade nan is outside the scale 1 to 4: {pool.OF_REWARD}"): 1,
         (1, empty): 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (True, "the grader returned True, and grades are 1 to 4"),
+        (False, "the grader returned False, and grades are 1 to 4"),
+        (np.bool_(True), "the grader returned True, and grades are 1 to 4"),
+        (0, "grade 0 is outside the scale 1 to 4"),
+        (0.5, "grade 0.5 is outside the scale 1 to 4"),
+    ],
+)
+def test_a_reward_is_no_grade_and_the_reason_says_how_to_give_one(returned, reason):
+    """True as a grade would be 1, the worst: the signal the wrong way round."""
+    result = pool.graded(lambda reply, answer, meta: returned, Task("own.py", "a", "a", {}))
+    assert result == (None, f"{reason}: {pool.OF_REWARD}")
+    assert "1 + 3 * reward" in pool.OF_REWARD and "def reward_fn(messages, answer)" in pool.OF_REWARD
 
 
 def test_workers_that_die_between_batches_are_replaced(hasty):
