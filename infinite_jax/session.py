@@ -205,6 +205,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         watching = jax.device_get(monitor.init(config.upgrade.monitor, len(names)))
     state = RunState(train_state, triage, stream.start(), np.zeros((), np.int64), watching)
     hashes = _data_hashes(names, train, test)
+    grader.require_loaded()
     parts = (grader, evaluator, baseline, canary, trainer, state)
     return Session(config, mesh, decoder, text, names, *parts, hashes, environments)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, run_folder, safety, transcripts
+from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, run_folder, safety, transcripts, ungraded
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
 from infinite_jax.grader_watch import GraderWatch
@@ -145,6 +145,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
 def measure_start(session: Session, run_dir: Path, state: RunState) -> tuple[dict, GraderWatch, safety.Watch | None]:
     """The evaluation of step 0, and the watches over graders and prior domains that begin with it."""
     metrics, results = evaluate(session, run_dir, 0, state)
+    ungraded.refuse(session, results)
     graders = GraderWatch.start(session, run_dir, results)
     watch = safety.start(session, run_dir, results)
     verdict = safety.judge(watch, 0, state, results, session.config.run.eval_every)
