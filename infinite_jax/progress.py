@@ -17,7 +17,8 @@ class Progress:
     """Context manager; `show` takes each step's metrics."""
 
     def __init__(self, names: list[str], steps: int, start: int):
-        self.names, self.steps, self.console = names, steps, Console()
+        self.names, self.steps = names, steps
+        self.console = Console(markup=False, emoji=False)  # names of domains are text, brackets and all
         self._held_out: dict[str, float | None] = {}
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -112,8 +113,8 @@ def before_after(before: heldout.Results, after: heldout.Results, steps: tuple[i
 
 
 def as_text(table: Table) -> str:
-    console = Console(
-        file=io.StringIO(), width=120, color_system=None, force_terminal=False
-    )  # whatever the environment says
+    console = Console(  # whatever the environment says; names are text, brackets and all
+        file=io.StringIO(), width=120, color_system=None, force_terminal=False, markup=False, emoji=False
+    )
     console.print(table)
     return console.file.getvalue().rstrip()
