@@ -160,7 +160,8 @@ def outcome_of(run_dir: Path, step: int, stopped: bool, saved: bool) -> str:
         return f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}"
     ends = (0, step)
     files = [evaluation_file(run_dir, step) for step in ends]
-    table = [before_after(*map(heldout.load, files), ends)] if all(file.is_file() for file in files) else []
+    regraded = record.regraded(record.read(run_dir / record.EVENTS))
+    table = [before_after(*map(heldout.load, files), ends, regraded)] if all(file.is_file() for file in files) else []
     return "\n".join([*table, f"run: {run_dir}"])
 
 
