@@ -1,10 +1,10 @@
 """Rows from a source: files, hub data sets, generators.
 
-A row is {"messages": [{"role", "content"}, ...], "answer": ..., "meta"?: {...}, "tools"?: [...], "key"?: "..."}. The
-last message is the user's; earlier ones are context and are never trained on. `answer` is text, a list of accepted
-texts, or whatever JSON the domain's grader reads; `meta` is the grader's; `tools` are JSON schemas of functions that
-the row offers; `key` identifies the instance (generators.py). Other fields are dropped, equal rows are kept. A source
-is one of
+A row is {"messages": [{"role", "content"}, ...], "answer": ..., "meta"?: {...}, "tools"?: [...], "key"?: "..."}, or one
+of the other forms of row_forms.py. The last message is the user's; earlier ones are context and are never trained on.
+`answer` is text, a list of accepted texts, or whatever JSON the domain's grader reads; `meta` is the grader's; `tools`
+are JSON schemas of functions that the row offers; `key` identifies the instance (generators.py). Other fields are
+dropped, with a line on stderr that names them; equal rows are kept. A source is one of
 
     rows.json                a JSON list of rows
     rows.jsonl               one row a line
@@ -21,21 +21,22 @@ The first row that does not fit ends reading with file:line and what was expecte
 """
 
 import csv
+import functools
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from curriculum import generators, gym, suites
 from curriculum.bench import BENCH, EDGE, TALK
 from curriculum.generators import TINY, Row
+from curriculum.row_forms import as_row, columns_fit, tabular, unread, what
 
 GENERATORS = TINY | BENCH | EDGE | TALK
-ROLES = ("system", "user", "assistant", "tool")
-PROMPTS = ("messages", "prompt", "question")  # columns that can hold what is asked, the first present is read
 
 Raw = Iterator[tuple[Any, str]]  # what stands at a place, and the place: file:line
 _BLANK = re.compile(r"\s*")
@@ -54,9 +55,9 @@ def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
         suite, name = suites.parts(source)
         found = suites.rows(suite, _published(_file(name, base)))
     elif reader := READERS.get(Path(source).suffix.lower()):
-        found = [_row(raw, where) for raw, where in reader(_file(source, base))]
+        found = _rows(reader(_file(source, base)), source)
     elif "@" in source:
-        found = [_row(raw, where) for raw, where in _hub(source)]
+        found = _rows(_hub(source), source)
     else:
         raise ValueError(
             f"source {source!r}: expected a {', '.join(READERS)} file, split@hub-name, or gen:NAME, gym:NAME, "
@@ -120,43 +121,20 @@ def read_levels(source: str, base: str | os.PathLike | None = None) -> dict[int,
     return found
 
 
-def _row(raw: Any, where: str) -> Row:
-    """`raw` as a row with the contract's fields only, or ValueError that begins with `where`."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where}: the row is {_what(raw)}; expected an object {{messages, answer}}")
-    row: Row = {"messages": _messages(raw.get("messages"), where), "answer": raw.get("answer")}
-    if row["answer"] in (None, "", []):
-        raise ValueError(f"{where}: answer is {_what(row['answer'])}; expected text, a list of texts, or JSON")
-    for field, kind, expected in (("meta", dict, "an object"), ("tools", list, "a list"), ("key", str, "text")):
-        if (value := raw.get(field)) is not None:
-            if not isinstance(value, kind):
-                raise ValueError(f"{where}: {field} is {_what(value)}; expected {expected}")
-            row[field] = value
-    return row
+def _rows(found: Raw, source: str) -> list[Row]:
+    """Checked rows; says once which fields of them nobody reads."""
+    rows, dropped = [], {}
+    for raw, where in found:
+        rows.append(as_row(raw, where))
+        dropped |= dict.fromkeys(unread(raw))
+    if dropped:
+        _say(f"{source}: the rows' {', '.join(dropped)} are not read; what a grader is to see stands in `meta`")
+    return rows
 
 
-def _messages(messages: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"{where}: messages is {_what(messages)}; expected a list of {{role, content}}, the user's last"
-        )
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}: messages[{i}] is {_what(message)}; expected an object {{role, content}}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{where}: messages[{i}].role is {_what(role)}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{where}: messages[{i}].content is {_what(content)}; expected text")
-    if role != "user" or not content.strip():
-        raise ValueError(f"{where}: the last message is {_what(messages[-1])}; expected one of the user's, with text")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _what(value: Any) -> str:
-    """A value in an error message: short, on one line."""
-    text = "missing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+@functools.cache  # a file may be read more than once, by the gate and by the run
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _text(path: Path) -> str:
@@ -197,7 +175,7 @@ def _json(path: Path) -> Raw:
             at, mark = skip(at + 1)
             mark = ","  # so that a list cannot end after a comma
         elif mark != "]":
-            raise ValueError(f"{path}:{line}: not JSON: {_what(mark)} after a row; expected a comma or ]")
+            raise ValueError(f"{path}:{line}: not JSON: {what(mark)} after a row; expected a comma or ]")
     if skip(at + 1)[1]:
         raise ValueError(f"{path}:{line}: not JSON: text after the list; expected nothing after ]")
 
@@ -220,33 +198,7 @@ def _jsonl(path: Path) -> Raw:
             yield raw, f"{path}:{line}"
 
 
-def _columns(names: Iterable[str], where: str) -> None:
-    if "answer" not in names or not set(PROMPTS) & set(names):
-        raise ValueError(
-            f"{where}: the columns are {', '.join(names)}; expected answer and one of {', '.join(PROMPTS)}"
-        )
-
-
-def _tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """A table's row in the form of JSON's: a prompt becomes the user's message, JSON text becomes what it says."""
-    row = dict(raw)
-    for field in ("messages", "meta", "tools"):
-        if isinstance(row.get(field), str):
-            try:
-                row[field] = json.loads(row[field])
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: column {field} is not JSON: {error.msg} at character {error.pos + 1}"
-                ) from error
-    if "messages" not in row:
-        column = next(name for name in PROMPTS if name in row)
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: {column} is {_what(row[column])}; expected text")
-        row["messages"] = [{"role": "user", "content": row[column]}]
-    return row
-
-
-def _csv(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
+def _csv(path: Path, columns: Callable = columns_fit, made: Callable = tabular) -> Raw:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     names: list[str] | None = None
     line = 1
@@ -266,7 +218,7 @@ def _csv(path: Path, columns: Callable = _columns, made: Callable = _tabular) ->
         raise ValueError(f"{path}:{line}: not CSV: {error}") from error
 
 
-def _parquet(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
+def _parquet(path: Path, columns: Callable = columns_fit, made: Callable = tabular) -> Raw:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
@@ -293,9 +245,9 @@ def _hub(source: str) -> Raw:
         raise ValueError(
             f"source {source!r}: the hub did not give it ({reason}); download it and name the file"
         ) from error
-    _columns(table.column_names, source)
+    columns_fit(table.column_names, source)
     for number, raw in enumerate(table, 1):
-        yield _tabular(raw, f"{source}:row {number}"), f"{source}:row {number}"
+        yield tabular(raw, f"{source}:row {number}"), f"{source}:row {number}"
 
 
 READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
