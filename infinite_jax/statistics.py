@@ -7,11 +7,12 @@ are fixed (the claim is about these domains), their prompts random. With y_i the
     m = mean_i y_i         macro m = mean_d m_d
 
 An interval holds each theta that a score test does not refute: |m - theta| <= z sqrt(v(theta)), where v(theta) =
-sum_d v_d / n_d / D^2 is the variance of m at the likeliest probabilities of the values whose macro mean is theta. They
-may lie on values that could have been and were not (0 and 1; -1 and 1 of a change), so that where all prompts agree
-the interval still has a width: of one domain it is Wilson's, of a change of single samples Tango's. The variance of
-the data themselves, with the normal or Student's quantile, is 0 there; Wilson's limits of the domains, added in
-squares (MOVER), lean to 1/2 in every domain alike, which the mean over many does not take out.
+N / (N - D + 1) sum_d v_d / n_d / D^2 with N = sum_d n_d is the variance of m at the likeliest probabilities of the
+values whose macro mean is theta, of which D - 1 are free beside theta (the factor of Miettinen and Nurminen 1985, Stat.
+Med. 4:213, for D = 2). They may lie on values that could have been and were not (0 and 1; -1 and 1 of a change), so
+that where all prompts agree the interval still has a width: of one domain it is Wilson's, of a change of single samples
+Tango's. The variance of the data themselves, with the normal or Student's quantile, is 0 there; Wilson's limits of the
+domains, added in squares (MOVER), lean to 1/2 in every domain alike, which the mean over many does not take out.
 
 Between two arms the seed is the unit: both start from it alike, and their difference is one observation (`paired`).
 
@@ -192,12 +193,13 @@ def _least(x_DK: np.ndarray, w_DK: np.ndarray, z: float) -> float:
     mean = float(np.mean((w_DK * x_DK).sum(1) / n_D))
     if mean == 0:
         return 0.0
+    lost = n_D.sum() / (n_D.sum() - len(n_D) + 1)
 
     def refuted(tilt: float) -> float:
         """Above 0 where theta is refuted."""
         mean_D, variance_D = _tilted(tilt, x_DK, w_DK)
         short = mean - float(mean_D.mean())
-        return short - z * float(np.sqrt((variance_D / n_D).sum())) / len(n_D) if short > 0 else -1.0
+        return short - z * float(np.sqrt(lost * (variance_D / n_D).sum())) / len(n_D) if short > 0 else -1.0
 
     top = float(n_D.max())
     while refuted(top) < 0:

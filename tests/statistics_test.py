@@ -68,21 +68,21 @@ def test_cluster_mean_where_nothing_varies():
 
 
 def test_macro_average_where_nothing_varies_by_hand():
-    """4 of 4 and 0 of 4. Downwards only the first can move: to n / (n + z^2) = 4 / 7.841459 = .510109, Wilson's limit;
-    upwards only the second, to 1 - .510109. So 1/2 -+ (1 - .510109) / 2 = 1/2 -+ .244945.
+    """4 of 4 and 0 of 4: N / (N - 1) = 8 / 7, z^2 8 / 7 = 4.390239. Downwards only the first can move: to n / (n +
+    4.390239) = .476744, Wilson's limit but for the factor; upwards only the second, to 1 - .476744. So 1/2 -+ .261628.
 
-    Eight domains of 64 prompts that all pass move together: as 512 of 512, 512 / 515.841459 = .992553.
+    Eight domains of 64 prompts that all pass move together: z^2 512 / 505 = 3.894707, 512 / 515.894707 = .992451.
     """
     ones, zeros = np.ones((4, 1)), np.zeros((4, 1))
-    close(macro_average([ones, zeros]), 0.5, 0.255055, 0.744945, digits=6)
-    close(macro_average([np.ones((64, 3))] * 8), 1.0, 0.992553, 1.0, digits=6)
-    close(macro_average([np.zeros((64, 1))] * 8), 0.0, 0.0, 0.007447, digits=6)
+    close(macro_average([ones, zeros]), 0.5, 0.238372, 0.761628, digits=6)
+    close(macro_average([np.ones((64, 3))] * 8), 1.0, 0.992451, 1.0, digits=6)
+    close(macro_average([np.zeros((64, 1))] * 8), 0.0, 0.0, 0.007549, digits=6)
 
 
 def test_macro_average_weighs_domains_and_not_prompts():
-    """90 of 90 and 0 of 10: down to (90 / 93.841459) / 2, up to (1 + 3.841459 / 13.841459) / 2."""
+    """90 of 90 and 0 of 10: z^2 100 / 99 = 3.880262; to 90 / 93.880262 / 2, up to (1 + 3.880262 / 13.880262) / 2."""
     big, small = np.ones((90, 1)), np.zeros((10, 1))
-    close(macro_average([big, small]), 0.5, 0.479532, 0.638767, digits=6)
+    close(macro_average([big, small]), 0.5, 0.479334, 0.639776, digits=6)
     assert macro_average([]) is None and macro_average([big, np.full((5, 1), NAN)]) is None
     assert macro_average([big, np.ones((1, 1))]) is None
 
@@ -102,7 +102,7 @@ def test_two_domains_agree_with_a_search_over_all_probabilities():
         p = np.linspace(max(0, 2 * theta - 1) + 1e-9, min(1, 2 * theta) - 1e-9, 20_000)
         p_2 = np.stack([p, 2 * theta - p])
         best = np.argmax((k[:, None] * np.log(p_2) + (n - k)[:, None] * np.log(1 - p_2)).sum(0))
-        variance = (p_2[:, best] * (1 - p_2[:, best]) / n).sum() / 4
+        variance = (p_2[:, best] * (1 - p_2[:, best]) / n).sum() / 4 * 30 / 29
         return abs(0.625 - theta) - 1.959964 * np.sqrt(variance)
 
     wanted = [brentq(excess, *ends, xtol=1e-6) for ends in ((0.3, 0.625), (0.625, 0.9))]
@@ -139,11 +139,11 @@ def test_a_change_of_single_samples_is_tangos(gained, lost, n):
 
 
 def test_paired_difference_by_hand():
-    """Nothing changed in 20 prompts: 0 -+ z^2 / (n + z^2) = 3.841459 / 23.841459; twice that, as of 40: 3.841459 /
-    43.841459. Five gained, none lost: upwards only zeros become gains, Wilson's upper limit of 5 of 20 (.468701)."""
+    """Nothing changed in 20 prompts: 0 -+ z^2 / (n + z^2) = 3.841459 / 23.841459; twice that: z^2 40 / 39 =
+    3.939958 / 43.939958. Five gained, none lost: upwards only zeros become gains, Wilson's .468701 of 5 of 20."""
     same = changed(0, 0, 20)
     close(paired_difference([same[0]], [same[1]]), 0.0, -0.161125, 0.161125, digits=6)
-    close(paired_difference([same[0]] * 2, [same[1]] * 2), 0.0, -0.087621, 0.087621, digits=6)
+    close(paired_difference([same[0]] * 2, [same[1]] * 2), 0.0, -0.089667, 0.089667, digits=6)
     before, after = changed(5, 0, 20)
     assert paired_difference([before], [after]).high == pytest.approx(0.468701, abs=1e-6)
     assert paired_difference([before], [after]).low < 0.25
