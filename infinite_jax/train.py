@@ -18,6 +18,7 @@ from configs.schema import located
 from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, run_folder, safety, transcripts, ungraded
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
+from infinite_jax.equal_groups import EqualGroups
 from infinite_jax.grader_watch import GraderWatch
 from infinite_jax.progress import Progress, before_after
 from infinite_jax.session import Session, open_session, set_up_runtime
@@ -89,7 +90,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
     run, stop, start = session.config.run, StopSignal(), after or 0
     step, last, stopping, failures = start, False, False, Failures(session)
     saves = run.checkpoint_every > 0 or safety.acts(session.config)
-    compilations = CompilationCounter()
+    compilations, equal = CompilationCounter(), EqualGroups(session.config)
     multihost.advise(remedy(run_dir, after))
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
@@ -125,6 +126,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
                 log.transcribe(transcripts.pick(step, sampled.chosen, sampled.replies, sampled.grades, session.names))
             progress.show(step, metrics)
             failures.warn()
+            equal.after(metrics)
             if run.check_every and step % run.check_every == 0:
                 exchange.check_same(state._replace(train=None), f"step {step}")
             stopping = any(exchange.gather(stop.asked))

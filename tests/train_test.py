@@ -358,6 +358,15 @@ def test_a_grader_that_gives_no_answer_is_named(graded_by, tmp_path, capsys):
     assert row["rollout/invalid"] == 1 and row["policy/skipped"] == 1 and row["reward/mean"] is None
 
 
+def test_a_run_whose_groups_never_differ_says_so_once(graded_by, straight, tmp_path, capsys):
+    assert any(row["reward/differing"] > 0 for row in record.read(straight / "metrics.jsonl")[1:])
+    assert train.main([*graded_by("def grade(reply, answer, meta): return 1\n"), "run.steps=6"]) == 0
+    assert all(row["reward/differing"] == 0 for row in record.read(tmp_path / "run" / "metrics.jsonl")[1:])
+    error = capsys.readouterr().err
+    assert error.count("no group's replies were rewarded differently (mean reward 0.000)") == 1
+    assert "easier rows" in error and "algorithm.group_size above 2" in error
+
+
 @pytest.mark.parametrize("verb", ["train", "resume", "evaluate", "export"])
 def test_every_verb_answers_help(verb, capsys):
     module = {"train": train, "resume": resume, "evaluate": evaluate, "export": export}[verb]
