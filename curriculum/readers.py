@@ -7,20 +7,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PROMPTS = ("messages", "prompt", "question")  # columns that can hold what is asked, the first present is read
+from curriculum.row_forms import columns_fit, tabular, what
 
 Raw = Iterator[tuple[Any, str]]  # what stands at a place, and the place: file:line
 _BLANK = re.compile(r"\s*")
-
-
-def what(value: Any) -> str:
-    """A value in an error message: short, on one line."""
-    text = "missing" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _text(path: Path) -> str:
@@ -84,33 +78,7 @@ def _jsonl(path: Path) -> Raw:
             yield raw, f"{path}:{line}"
 
 
-def _columns(names: Iterable[str], where: str) -> None:
-    if "answer" not in names or not set(PROMPTS) & set(names):
-        raise ValueError(
-            f"{where}: the columns are {', '.join(names)}; expected answer and one of {', '.join(PROMPTS)}"
-        )
-
-
-def _tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """A table's row in the form of JSON's: a prompt becomes the user's message, JSON text becomes what it says."""
-    row = dict(raw)
-    for field in ("messages", "meta", "tools"):
-        if isinstance(row.get(field), str):
-            try:
-                row[field] = json.loads(row[field])
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: column {field} is not JSON: {error.msg} at character {error.pos + 1}"
-                ) from error
-    if "messages" not in row:
-        column = next(name for name in PROMPTS if name in row)
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: {column} is {what(row[column])}; expected text")
-        row["messages"] = [{"role": "user", "content": row[column]}]
-    return row
-
-
-def _csv(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
+def _csv(path: Path, columns: Callable = columns_fit, made: Callable = tabular) -> Raw:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     names: list[str] | None = None
     line = 1
@@ -130,7 +98,7 @@ def _csv(path: Path, columns: Callable = _columns, made: Callable = _tabular) ->
         raise ValueError(f"{path}:{line}: not CSV: {error}") from error
 
 
-def _parquet(path: Path, columns: Callable = _columns, made: Callable = _tabular) -> Raw:
+def _parquet(path: Path, columns: Callable = columns_fit, made: Callable = tabular) -> Raw:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
@@ -157,9 +125,9 @@ def hub(source: str) -> Raw:
         raise ValueError(
             f"source {source!r}: the hub did not give it ({reason}); download it and name the file"
         ) from error
-    _columns(table.column_names, source)
+    columns_fit(table.column_names, source)
     for number, raw in enumerate(table, 1):
-        yield _tabular(raw, f"{source}:row {number}"), f"{source}:row {number}"
+        yield tabular(raw, f"{source}:row {number}"), f"{source}:row {number}"
 
 
 READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -1,10 +1,10 @@
 """Rows from a source: files, hub data sets, generators.
 
-A row is {"messages": [{"role", "content"}, ...], "answer": ..., "meta"?: {...}, "tools"?: [...], "key"?: "..."}. The
-last message is the user's; earlier ones are context and are never trained on. `answer` is text, a list of accepted
-texts, or whatever JSON the domain's grader reads; `meta` is the grader's; `tools` are JSON schemas of functions that
-the row offers; `key` identifies the instance (generators.py). Other fields are dropped, equal rows are kept. A source
-is one of
+A row is {"messages": [{"role", "content"}, ...], "answer": ..., "meta"?: {...}, "tools"?: [...], "key"?: "..."}, or one
+of the other forms of row_forms.py. The last message is the user's; earlier ones are context and are never trained on.
+`answer` is text, a list of accepted texts, or whatever JSON the domain's grader reads; `meta` is the grader's; `tools`
+are JSON schemas of functions that the row offers; `key` identifies the instance (generators.py). Other fields are
+dropped, with a line on stderr that names them; equal rows are kept. A source is one of
 
     rows.json                a JSON list of rows
     rows.jsonl               one row a line
@@ -20,17 +20,18 @@ is one of
 The first row that does not fit ends reading with file:line and what was expected: nothing is skipped but blank lines.
 """
 
+import functools
 import os
+import sys
 from pathlib import Path
-from typing import Any
 
 from curriculum import generators, gym, readers, suites
 from curriculum.bench import BENCH, EDGE, TALK
 from curriculum.generators import TINY, Row
-from curriculum.readers import READERS, what
+from curriculum.readers import READERS, Raw
+from curriculum.row_forms import as_row, unread
 
 GENERATORS = TINY | BENCH | EDGE | TALK
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
@@ -46,9 +47,9 @@ def read(source: str, base: str | os.PathLike | None = None) -> list[Row]:
         suite, name = suites.parts(source)
         found = suites.rows(suite, readers.published(_file(name, base)))
     elif reader := READERS.get(Path(source).suffix.lower()):
-        found = [_row(raw, where) for raw, where in reader(_file(source, base))]
+        found = _rows(reader(_file(source, base)), source)
     elif "@" in source:
-        found = [_row(raw, where) for raw, where in readers.hub(source)]
+        found = _rows(readers.hub(source), source)
     else:
         raise ValueError(
             f"source {source!r}: expected a {', '.join(READERS)} file, split@hub-name, or gen:NAME, gym:NAME, "
@@ -102,34 +103,17 @@ def read_levels(source: str, base: str | os.PathLike | None = None) -> dict[int,
     return found
 
 
-def _row(raw: Any, where: str) -> Row:
-    """`raw` as a row with the contract's fields only, or ValueError that begins with `where`."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{where}: the row is {what(raw)}; expected an object {{messages, answer}}")
-    row: Row = {"messages": _messages(raw.get("messages"), where), "answer": raw.get("answer")}
-    if row["answer"] in (None, "", []):
-        raise ValueError(f"{where}: answer is {what(row['answer'])}; expected text, a list of texts, or JSON")
-    for field, kind, expected in (("meta", dict, "an object"), ("tools", list, "a list"), ("key", str, "text")):
-        if (value := raw.get(field)) is not None:
-            if not isinstance(value, kind):
-                raise ValueError(f"{where}: {field} is {what(value)}; expected {expected}")
-            row[field] = value
-    return row
+def _rows(found: Raw, source: str) -> list[Row]:
+    """Checked rows; says once which fields of them nobody reads."""
+    rows, dropped = [], {}
+    for raw, where in found:
+        rows.append(as_row(raw, where))
+        dropped |= dict.fromkeys(unread(raw))
+    if dropped:
+        _say(f"{source}: the rows' {', '.join(dropped)} are not read; what a grader is to see stands in `meta`")
+    return rows
 
 
-def _messages(messages: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"{where}: messages is {what(messages)}; expected a list of {{role, content}}, the user's last"
-        )
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}: messages[{i}] is {what(message)}; expected an object {{role, content}}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"{where}: messages[{i}].role is {what(role)}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"{where}: messages[{i}].content is {what(content)}; expected text")
-    if role != "user" or not content.strip():
-        raise ValueError(f"{where}: the last message is {what(messages[-1])}; expected one of the user's, with text")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+@functools.cache  # a file may be read more than once, by the gate and by the run
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from configs.schema import Config
 from curriculum import drops, triage
-from infinite_jax import heldout, progress
+from infinite_jax import heldout, progress, ungraded
 from infinite_jax.heldout import Results, average, passed
 from infinite_jax.session import Session
 from infinite_jax.types import RunState
@@ -35,6 +35,7 @@ def begin(session: Session, run_dir: Path, state: RunState) -> RunState:
     if session.baseline is None:
         return state
     results = session.baseline.run(state.train.params)
+    ungraded.refuse(session, results)
     if multihost.is_first():
         heldout.save(run_dir / FILE, results)
         print(report(session, results))

@@ -11,6 +11,7 @@ scale and (1 - beta)^n of the averages on the old; rebase takes a change to lie 
 """
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,11 @@ class GraderWatch:
         if config.each:
             if multihost.is_first():
                 keeper = Keeper.resume(run_dir / FILE, session.grader, session.names, config, step)
+                for name in keeper.changed():
+                    say(
+                        f"the grader of domain {name} is not the one that the run had up to step {step}: its grades "
+                        "before and after are not on one scale; the first step measures the shift on fixed replies"
+                    )
             _set_era(session.grader, exchange.from_first(keeper.baseline.era if keeper else None))
         return cls(session, keeper, True)
 
@@ -83,6 +89,13 @@ class GraderWatch:
         if found is None:
             return state, outcome
         _set_era(self.session.grader, found["era"])
+        if multihost.is_first():
+            for event in found["events"]:
+                say(
+                    f"step {step}: the grader of domain {event['domain']} changed: the same {event['n']} replies moved "
+                    f"by {event['pass_shift']:+.3f} in pass rate, {event['grade_shift']:+.3f} in grade; curves across "
+                    "this step show that too"
+                )
         drifted_D = np.array(found["drifted"])
         shift_D, grade_shift_D, groups_D = (np.array(found[key], np.float32) for key in ("pass", "grade", "groups"))
         with jax.set_mesh(self.session.mesh):
@@ -125,6 +138,10 @@ class GraderWatch:
             "grade": found.grade_shift_D.tolist(),
             "groups": groups_D.tolist(),
         }
+
+
+def say(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def check_saved(config: Config, run_dir: Path, step: int | None) -> None:

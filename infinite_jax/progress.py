@@ -1,6 +1,7 @@
 """What a person sees of a run: a live view on a terminal, one line a step in a pipe, and the tables at the end."""
 
 import io
+from collections.abc import Mapping
 
 from rich import box
 from rich.console import Console, Group
@@ -17,7 +18,8 @@ class Progress:
     """Context manager; `show` takes each step's metrics."""
 
     def __init__(self, names: list[str], steps: int, start: int):
-        self.names, self.steps, self.console = names, steps, Console()
+        self.names, self.steps = names, steps
+        self.console = Console(markup=False, emoji=False)  # names of domains are text, brackets and all
         self._held_out: dict[str, float | None] = {}
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -92,10 +94,13 @@ def results_table(results: heldout.Results) -> str:
     return as_text(table)
 
 
-def before_after(before: heldout.Results, after: heldout.Results, steps: tuple[int, int]) -> str:
+def before_after(
+    before: heldout.Results, after: heldout.Results, steps: tuple[int, int], regraded: Mapping[str, int] = {}
+) -> str:
     """Greedy held-out pass rates of two evaluations of the same prompts, with paired 95 % intervals, as text.
 
-    A domain that only one of them has, added in between, is left out.
+    A domain that only one of them has, added in between, is left out. regraded: domains whose grader changed in
+    between, with the step; they are marked.
     """
     shared = [name for name in before if name in after]
     sides = [{name: passed(each[name].greedy_N)[:, None] for name in shared} for each in (before, after)]
@@ -103,17 +108,20 @@ def before_after(before: heldout.Results, after: heldout.Results, steps: tuple[i
     for name in shared:
         change = statistics.paired_difference([sides[0][name]], [sides[1][name]])
         rates = [estimate(statistics.cluster_mean(side[name])) for side in sides]
-        table.add_row(name, str(len(sides[0][name])), *rates, estimate(change, signed=True))
+        mark = " *" if name in regraded else ""
+        table.add_row(name + mark, str(len(sides[0][name])), *rates, estimate(change, signed=True))
     lists = [list(side.values()) for side in sides]
     rates = [estimate(statistics.macro_average(values)) for values in lists]
     change = estimate(statistics.paired_difference(*lists), signed=True)
-    table.add_row("macro average", str(sum(map(len, lists[0]))), *rates, change)
-    return as_text(table)
+    marked = [f"{name} (step {regraded[name]})" for name in shared if name in regraded]
+    table.add_row("macro average" + " *" * bool(marked), str(sum(map(len, lists[0]))), *rates, change)
+    note = f"\n* another grader since: {', '.join(marked)}: what changed there is not the policy's alone"
+    return as_text(table) + note * bool(marked)
 
 
 def as_text(table: Table) -> str:
-    console = Console(
-        file=io.StringIO(), width=120, color_system=None, force_terminal=False
-    )  # whatever the environment says
+    console = Console(  # whatever the environment says; names are text, brackets and all
+        file=io.StringIO(), width=120, color_system=None, force_terminal=False, markup=False, emoji=False
+    )
     console.print(table)
     return console.file.getvalue().rstrip()

@@ -115,6 +115,15 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
+def regraded(events: Sequence[dict]) -> dict[str, int]:
+    """Domains whose grader was found changed, with the step of the first time."""
+    found: dict[str, int] = {}
+    for event in events:
+        if event.get("kind") == "grader_drift":
+            found.setdefault(event["domain"], event["step"])
+    return found
+
+
 def truncate_after(run_dir: Path, step: int | None, eval_every: int) -> None:
     """Keeps rows up to `step` (None: none): those after the checkpoint that a run continues from are written again.
 

@@ -173,6 +173,7 @@ def assemble(config: Config, loaded: Loaded, params: Params) -> Session:
         asked = dataclasses.replace(config.eval, prompts=upgraded.baseline * config.eval.prompts, samples=1)
         baseline = evaluator_of(asked, test)
     state = _initial_state(config, decoder, mesh, params, curriculum, stream)
+    grader.require_loaded()
     parts = (grader, evaluator_of(config.eval, test), baseline, canary, trainer, state)
     return Session(config, mesh, decoder, text, names, *parts, _data_hashes(names, train, test), environments)
 

@@ -4,14 +4,23 @@ Within a run values lie in [0, 1], NaN where the grader gave none. The prompt is
 of one prompt share its difficulty, so n prompts with S samples each are n observations (their means), not n S. Domains
 are fixed (the claim is about these domains), their prompts random. With y_i the mean over prompt i's valid samples:
 
-    m = mean_i y_i         v = sum_i (y_i - m)^2 / (n (n - 1)), the variance of m
-    macro m = mean_d m_d   macro v = sum_d v_d / D^2
+    m = mean_i y_i         macro m = mean_d m_d
+
+An interval holds each theta that a score test does not refute: |m - theta| <= z sqrt(v(theta)), where v(theta) =
+N / (N - D + 1) sum_d v_d / n_d / D^2 with N = sum_d n_d is the variance of m at the likeliest probabilities of the
+values whose macro mean is theta, of which D - 1 are free beside theta (the factor of Miettinen and Nurminen 1985, Stat.
+Med. 4:213, for D = 2). They may lie on values that could have been and were not (0 and 1; -1 and 1 of a change), so
+that where all prompts agree the interval still has a width: of one domain it is Wilson's, of a change of single samples
+Tango's. The variance of the data themselves, with the normal or Student's quantile, is 0 there; Wilson's limits of the
+domains, added in squares (MOVER), lean to 1/2 in every domain alike, which the mean over many does not take out.
 
 Between two arms the seed is the unit: both start from it alike, and their difference is one observation (`paired`).
 
 Sources: Wilson 1927 (JASA 22:209) for k of n; Dean and Pagano 2015 (J. Surv. Stat. Methodol. 3:484) for his interval
-with an effective sample size under clustering; Satterthwaite 1946 (Biometrics Bull. 2:110) for the degrees of freedom
-of a sum of variances; Miller 2024 (arXiv 2411.00640) for clustered and paired errors of model evaluations.
+with an effective sample size under clustering; Tango 1998 (Stat. Med. 17:891) for a paired difference; Martin Andres
+et al. 2011 (Stat. Methods Med. Res. 20:369) for a linear combination of proportions; Owen 1988 (Biometrika 75:237) for
+the form of the likeliest probabilities; Miller 2024 (arXiv 2411.00640) for clustered and paired errors of model
+evaluations.
 
 Left out: differences of unpaired evaluations or runs, and corrections for the number of comparisons that are made.
 """
@@ -20,6 +29,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
 
 
@@ -51,24 +61,33 @@ def cluster_mean(values_NS: np.ndarray, confidence: float = 0.95) -> Estimate | 
     value is 0 or every value is 1, which says nothing about how alike they are.
     """
     y_N = _prompt_means(values_NS)
-    n = len(y_N)
-    if n == 0:
+    if not len(y_N):
         return None
-    mean = float(y_N.mean())
+    mean, effective = _effective(values_NS, y_N)
+    return Estimate(mean, *wilson(mean * effective, effective, confidence))
+
+
+def _effective(values_NS: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
+    """(m, n*)"""
+    mean, n = float(y_N.mean()), len(y_N)
     binomial = mean * (1 - mean)
     samples = np.count_nonzero(~np.isnan(values_NS))
     variance = float(y_N.var()) / n
-    effective = min(binomial / variance, samples) if variance > 0 else (samples if binomial > 0 else n)
-    return Estimate(mean, *wilson(mean * effective, effective, confidence))
+    return mean, min(binomial / variance, samples) if variance > 0 else (samples if binomial > 0 else n)
 
 
 def macro_average(domains: Sequence[np.ndarray], confidence: float = 0.95) -> Estimate | None:
     """Unweighted mean over D domains, each [prompts, samples], with its interval; None when it is undefined.
 
-    Undefined without domains and where a domain has fewer than 2 prompts with a valid value. A domain whose prompts
-    all have one mean adds no variance.
+    Undefined without domains and where a domain has fewer than 2 prompts with a valid value. A domain counts as n* m
+    passes of n*, as in cluster_mean, which this is for one domain.
     """
-    return _mean_of_means([_prompt_means(values_NS) for values_NS in domains], confidence, 0.0, 1.0)
+    y_DN = [_prompt_means(values_NS) for values_NS in domains]
+    if not y_DN or min(map(len, y_DN)) < 2:
+        return None
+    known = [_effective(values_NS, y_N) for values_NS, y_N in zip(domains, y_DN)]
+    passes = [(np.array([0.0, 1.0]), n * np.array([1 - mean, mean])) for mean, n in known]
+    return _score_interval(passes, confidence, 0.0, 1.0)
 
 
 def paired_difference(
@@ -84,7 +103,10 @@ def paired_difference(
     if sizes[0] != sizes[1]:
         raise ValueError(f"paired evaluations have {sizes[0]} and {sizes[1]} prompts a domain: use the same prompts")
     differences = [_means(later) - _means(earlier) for earlier, later in zip(before, after)]
-    return _mean_of_means([d_N[~np.isnan(d_N)] for d_N in differences], confidence, -1.0, 1.0)
+    known = [d_N[~np.isnan(d_N)] for d_N in differences]
+    if not known or min(map(len, known)) < 2:
+        return None
+    return _score_interval([np.unique(d_N, return_counts=True) for d_N in known], confidence, -1.0, 1.0)
 
 
 def paired(
@@ -151,16 +173,55 @@ def _prompt_means(values_NS: np.ndarray) -> np.ndarray:
     return y_N[~np.isnan(y_N)]
 
 
-def _mean_of_means(domains: list[np.ndarray], confidence: float, lowest: float, highest: float) -> Estimate | None:
-    """m -+ t_f sqrt(v), cut to the possible range; f = (sum_d v_d)^2 / sum_d (v_d^2 / (n_d - 1)), Satterthwaite's."""
-    if not domains or min(map(len, domains)) < 2:
-        return None
-    mean = float(np.mean([y_N.mean() for y_N in domains]))
-    n_D = np.array([len(y_N) for y_N in domains])
-    v_D = np.array([y_N.var(ddof=1) for y_N in domains]) / n_D
-    total = v_D.sum()
-    if total == 0:
-        return Estimate(mean, mean, mean)
-    freedom = total**2 / (v_D**2 / (n_D - 1)).sum()
-    half = float(stdtrit(freedom, (1 + confidence) / 2) * np.sqrt(total)) / len(domains)
-    return Estimate(mean, max(mean - half, lowest), min(mean + half, highest))
+def _score_interval(
+    domains: list[tuple[np.ndarray, np.ndarray]], confidence: float, lowest: float, highest: float
+) -> Estimate:
+    """The score interval of the mean over domains of the domains' means, each (values, their weights)."""
+    z, most = float(ndtri((1 + confidence) / 2)), max(len(values) for values, _ in domains)
+    x_DK, w_DK = np.zeros((2, len(domains), most))  # filled up with what has no weight
+    for d, (values, weights) in enumerate(domains):
+        x_DK[d, : len(values)], w_DK[d, : len(weights)] = values, weights
+    mean = float(np.mean((w_DK * x_DK).sum(1) / w_DK.sum(1)))
+    below = _least(x_DK - lowest, w_DK, z)
+    above = _least(highest - x_DK, w_DK, z)
+    return Estimate(mean, min(lowest + below, mean), max(highest - above, mean))
+
+
+def _least(x_DK: np.ndarray, w_DK: np.ndarray, z: float) -> float:
+    """The least mean theta that the data do not refute, for values of 0 and more that could have been 0."""
+    n_D = w_DK.sum(1)
+    mean = float(np.mean((w_DK * x_DK).sum(1) / n_D))
+    if mean == 0:
+        return 0.0
+    lost = n_D.sum() / (n_D.sum() - len(n_D) + 1)
+
+    def refuted(tilt: float) -> float:
+        """Above 0 where theta is refuted."""
+        mean_D, variance_D = _tilted(tilt, x_DK, w_DK)
+        short = mean - float(mean_D.mean())
+        return short - z * float(np.sqrt(lost * (variance_D / n_D).sum())) / len(n_D) if short > 0 else -1.0
+
+    top = float(n_D.max())
+    while refuted(top) < 0:
+        top *= 2
+    tilt = brentq(refuted, 0.0, top, xtol=1e-10 * top)
+    return float(_tilted(tilt, x_DK, w_DK)[0].mean())
+
+
+def _tilted(tilt: float, x_DK: np.ndarray, w_DK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the likeliest q_DK for a mean that `tilt` >= 0 lowers: q_k = w_k / (a + tilt x_k), where a
+    makes the sum 1. At a = 0 the sum may be less: the rest lies at 0, where nothing was observed."""
+    x_DK = np.where(w_DK > 0, x_DK, 1.0)  # no zero below where the filling stands
+    a_D = np.maximum(
+        (w_DK - tilt * x_DK).max(axis=1), 0.0
+    )  # the sum is 1 or more here, and convex: Newton's from below
+    for _ in range(100):
+        over = a_D[:, None] + tilt * x_DK
+        q_DK = np.divide(w_DK, over, out=np.zeros_like(w_DK), where=w_DK > 0)
+        excess_D = q_DK.sum(1) - 1
+        if (excess_D <= 1e-12).all():
+            break
+        slope_D = np.divide(q_DK, over, out=np.zeros_like(w_DK), where=w_DK > 0).sum(1)
+        a_D += np.maximum(excess_D, 0) / slope_D
+    mean_D = (q_DK * x_DK).sum(1)
+    return mean_D, np.maximum((q_DK * x_DK**2).sum(1) - mean_D**2, 0.0)

@@ -40,6 +40,7 @@ def of_step(
     shown = {
         "reward/mean": mean(grades.reward_B[valid_B]),
         "reward/grade": mean(grades.grade_B[valid_B]),
+        "reward/differing": mean(np.concatenate([differing(done) for done in rounds])),
         "rollout/invalid": 1.0 - float(valid_B.mean()),
         "rollout/length": float(tokens_B.mean()),
         "rollout/truncated": 1.0 - float(done_B.mean()),
@@ -56,6 +57,14 @@ def of_step(
         shown |= {f"{key}/{name}": value_D[d].item() for key, value_D in triage.items()}
         shown |= watch.observe(rubric, scores_BK[here_B], tokens_B[here_B], name)
     return shown
+
+
+def differing(done: Round) -> np.ndarray:
+    """bool of the groups with two graded replies or more: whether their rewards differ; else nobody learns."""
+    reward_PG, valid_PG = (x.reshape(len(done.chosen), -1) for x in (done.grades.reward_B, done.grades.valid_B))
+    high_P = np.where(valid_PG, reward_PG, -np.inf).max(axis=1)
+    low_P = np.where(valid_PG, reward_PG, np.inf).min(axis=1)
+    return (high_P > low_P)[valid_PG.sum(axis=1) > 1]
 
 
 def mean(x: np.ndarray) -> float | None:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from configs import cli
 from configs.schema import located
-from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, run_folder, safety, transcripts
+from infinite_jax import baseline, gate, heldout, record, rehearsal, rollback, run_folder, safety, transcripts, ungraded
 from infinite_jax.checkpoint import Checkpointer
 from infinite_jax.clock import Clock, CompilationCounter
+from infinite_jax.equal_groups import EqualGroups
 from infinite_jax.grader_watch import GraderWatch
 from infinite_jax.lock import RunLock
 from infinite_jax.progress import Progress, before_after
@@ -101,7 +102,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
     run, stop, start = session.config.run, StopSignal(), after or 0
     step, last, stopping, failures = start, False, False, Failures(session)
     saves = run.checkpoint_every > 0 or safety.acts(session.config)
-    compilations = CompilationCounter()
+    compilations, equal = CompilationCounter(), EqualGroups(session.config)
     multihost.advise(remedy(run_dir, after))
     with (
         Checkpointer(run_dir / "checkpoints", run.keep_last, run.keep_best, after) as checkpoints,
@@ -137,6 +138,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
                 log.transcribe(transcripts.pick(step, sampled.chosen, sampled.replies, sampled.grades, session.names))
             progress.show(step, metrics)
             failures.warn()
+            equal.after(metrics)
             if run.check_every and step % run.check_every == 0:
                 exchange.check_same(state._replace(train=None), f"step {step}")
             stopping = any(exchange.gather(stop.asked))
@@ -157,6 +159,7 @@ def attempt(session: Session, run_dir: Path, state: RunState, after: int | None)
 def measure_start(session: Session, run_dir: Path, state: RunState) -> tuple[dict, GraderWatch, safety.Watch | None]:
     """The evaluation of step 0, and the watches over graders and prior domains that begin with it."""
     metrics, results = evaluate(session, run_dir, 0, state)
+    ungraded.refuse(session, results)
     graders = GraderWatch.start(session, run_dir, results)
     watch = safety.start(session, run_dir, results)
     verdict = safety.judge(watch, 0, state, results, session.config.run.eval_every)
@@ -171,7 +174,8 @@ def outcome_of(run_dir: Path, step: int, stopped: bool, saved: bool) -> str:
         return f"stopped at step {step}, saved; continue with: python -m infinite_jax.resume {run_dir}"
     ends = (0, step)
     files = [evaluation_file(run_dir, step) for step in ends]
-    table = [before_after(*map(heldout.load, files), ends)] if all(file.is_file() for file in files) else []
+    regraded = record.regraded(record.read(run_dir / record.EVENTS))
+    table = [before_after(*map(heldout.load, files), ends, regraded)] if all(file.is_file() for file in files) else []
     return "\n".join([*table, f"run: {run_dir}"])
 
 

@@ -108,12 +108,12 @@ class Keeper:
         """Whether to grade the anchors again: every so many steps, where a domain with anchors has fallen, or where a
         grader's version is another."""
         known = set(self.anchors.domains)
-        return bool(known) and (step % self.config.every == 0 or bool(known & set(fallen)) or self._other_version())
+        return bool(known) and (step % self.config.every == 0 or bool(known & set(fallen)) or bool(self.changed()))
 
-    def _other_version(self) -> bool:
-        return any(
-            version != self.baseline.versions.get(name) for name, version in zip(self.names, self.evaluator.versions())
-        )
+    def changed(self) -> list[str]:
+        """Domains whose grader's version is not the recorded one."""
+        versions = zip(self.names, self.evaluator.versions())
+        return [name for name, version in versions if version != self.baseline.versions.get(name)]
 
     def check(self, step: int, groups: Mapping[str, int]) -> Found:
         """Grades the anchors again after `step`; groups: of each domain graded in training so far."""

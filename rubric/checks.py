@@ -21,7 +21,7 @@ from rubric import code_checks, ifeval, text_checks, tool_checks
 from rubric.constraints import ARGUMENTS
 from rubric.verify import CHEAP, GRADERS
 
-PREFIX = "check:"  # of the keys that rubric/pool.py loads from here
+PREFIX = "check:"  # of the keys that rubric/grading.py loads from here
 
 Found = tuple[float, dict[str, float]]
 

@@ -24,8 +24,9 @@ import numpy as np
 from rubric import asking, checks, scoring, versions
 from rubric.checks import Check, Checked
 from rubric.config import RubricConfig, check, processors
+from rubric.grading import Result, Task, answered, load
 from rubric.judge import Judge
-from rubric.pool import Result, Task, WorkerPool, answered, load
+from rubric.pool import WorkerPool
 from rubric.schema import Rubric, has
 from rubric.scoring import Graded
 from rubric.verify import CHEAP
@@ -86,7 +87,7 @@ class RubricEvaluator:
         self._here = {key: load(key) for key in keys if not _heavy(key)}
 
     def _keys(self, domain: int, meta: Mapping | None = None) -> list[str | None]:
-        """What a row of the domain is graded by, as rubric/pool.py loads it; without `meta`, what any row could be."""
+        """What a row of the domain is graded by, by rubric/grading.py's keys; without `meta`, what any row could be."""
         rubric = self.rubrics[domain]
         if rubric is None:
             return [self._environments[domain]]
@@ -144,6 +145,21 @@ class RubricEvaluator:
         asked = asking.Asking(self.judge, self._questions(domains, rows, replies, here), fresh)
         done = here | dict(zip(slow, self._pool.run([*slow.values()]))) if slow else here
         return self._scored(domains, rows, done, asked.answers(), fixed)
+
+    def require_loaded(self) -> None:
+        """Waits until a worker has loaded the graders. Raises ValueError, one line, for one that cannot be: a user's
+        file runs nowhere else, so that nobody knows before. The evaluator is closed then."""
+        broken = self._pool.broken() if self._pool is not None else {}
+        found = [(d, key) for d in range(len(self.rubrics)) for key in self._keys(d) if key in broken]
+        if not found:
+            return
+        self.close()
+        domain, key = next((each for each in found if each[1].endswith(".py")), found[0])
+        place = "environment" if self.rubrics[domain] is None else "rubric"
+        raise ValueError(
+            f"domains[{domain}].{place}: the grader cannot be loaded, {broken[key]}: mend the file, or install what it "
+            "imports where the run is"
+        )
 
     def versions(self) -> list[str]:
         """Of each domain's grader, as this process sees it now: rubric/versions.py."""

@@ -1,15 +1,15 @@
 """Worker processes for graders that can hang: a limit of time for each row, and a hung or dead worker is replaced.
 
-A worker is a new interpreter that runs `serve` and nothing else. It never sees the trainer's __main__
-(multiprocessing's spawn would import it again, and JAX with it). It talks over a socket pair: rows come down pickled,
-a chunk at a time, and each row's result goes up at once as a line of JSON, so that the clock of the next row starts
-and only the row that hangs is lost. A worker whose trainer is gone reads the end of the socket and exits. When an
-environment answers nothing any more, the rest of its rows are given up after IN_A_ROW times the limit of time.
+A worker is a new interpreter that runs `serve` of rubric/grading.py and nothing else. It never sees the trainer's
+__main__ (multiprocessing's spawn would import it again, and JAX with it). It talks over a socket pair: its first line
+says what it could not load, rows come down pickled, a chunk at a time, and each row's result goes up at once as a line
+of JSON, so that the clock of the next row starts and only the row that hangs is lost. A worker whose trainer is gone
+reads the end of the socket and exits. When an environment answers nothing any more, the rest of its rows are given up
+after IN_A_ROW times the limit of time.
 
 Left out: a limit of memory, because a user's own grader may need much; a worker asks the kernel to be the first to go.
 """
 
-import importlib.util
 import json
 import os
 import pickle
@@ -18,14 +18,12 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
 
-from rubric import checks
 from rubric.checks import Checked
-from rubric.verify import GRADERS
+from rubric.grading import Result, Task, reason_of
 
 CHUNK = 16  # rows handed over at once at most: a message costs about as much as a cheap grade
 START_S = 60.0  # seconds until a worker is ready; importing computer algebra takes some
@@ -33,103 +31,10 @@ STARTS = 3  # failed starts in one batch before the rest of the batch is given u
 IN_A_ROW = 8  # rows of one environment lost with no answer in between (twice the workers if that is more): it is down
 
 
-class Task(NamedTuple):
-    environment: str  # a key of GRADERS, the path of a Python file, or the key of a rubric's check
-    reply: str
-    answer: object
-    meta: dict
-
-
-class Result(NamedTuple):
-    grade: float | None  # in [1, 4]; None when there is a reason
-    reason: str  # "" for a grade
-
-
-def reason_of(error: BaseException) -> str:
-    """The exception in one line of at most 160 characters, its type first."""
-    text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__)[:160]
-
-
-def load(environment: str) -> Callable[[str, object, dict], float]:
-    """The grader of an environment; a path ending in .py is executed as a module, and its `grade` is taken."""
-    if environment.startswith(checks.PREFIX):
-        return checks.load(environment)
-    if not environment.endswith(".py"):
-        return GRADERS[environment]
-    spec = importlib.util.spec_from_file_location(environment, environment)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.append(str(Path(environment).parent))  # last: what lies beside the file shadows nothing
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.grade
-
-
-def graded(grader: Callable[[str, object, dict], float], task: Task) -> Result:
-    """The grader's answer, or what it raised."""
-    try:
-        grade = float(grader(task.reply, task.answer, task.meta))
-        if not 1.0 <= grade <= 4.0:
-            return Result(None, f"grade {grade:g} is outside the scale 1 to 4")
-        return Result(grade, "")
-    except (Exception, SystemExit) as error:
-        return Result(None, reason_of(error))
-
-
-def checked(check: Callable[[str, object, dict], checks.Found], task: Task) -> Checked:
-    """The same for a rubric's check, with a score in [0, 1] and measures."""
-    try:
-        score, measures = check(task.reply, task.answer, task.meta)
-        if not 0.0 <= score <= 1.0:
-            return Checked(None, f"score {score:g} is outside the scale 0 to 1", {})
-        return Checked(float(score), "", measures)
-    except (Exception, SystemExit) as error:
-        return Checked(None, reason_of(error), {})
-
-
-def answered(grader: Callable, task: Task) -> Result | Checked:
-    return (checked if task.environment.startswith(checks.PREFIX) else graded)(grader, task)
-
-
-def _answer(row: bytes, graders: dict[str, Callable], broken: dict[str, Result]) -> Result | Checked:
-    try:
-        task = Task(*pickle.loads(row))
-    except Exception as error:  # a class that this process cannot import
-        return Result(None, reason_of(error))
-    return broken.get(task.environment) or answered(graders[task.environment], task)
-
-
 def _spoken(line: bytes) -> Result | Checked:
     """What `_answer` made, from its line: a check's has three parts."""
     parts = json.loads(line)
     return Result(*parts) if len(parts) == 2 else Checked(*parts)
-
-
-def serve(descriptor: int, environments: list[str]) -> None:
-    """The worker's life: load the graders, say ready, answer chunks until the socket ends."""
-    try:
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    except OSError:
-        pass  # not Linux
-    channel = socket.socket(fileno=descriptor)
-    graders, broken = {}, {}
-    for environment in environments:
-        try:
-            graders[environment] = load(environment)
-            if environment == "orz":
-                graders[environment]("1", "1", {})  # imports and compiles what every row needs
-        except (Exception, SystemExit) as error:
-            graders.pop(environment, None)
-            broken[environment] = Result(None, reason_of(error))
-    chunks = channel.makefile("rb")
-    channel.sendall(b"\n")  # ready
-    while True:
-        try:
-            rows = pickle.load(chunks)
-        except EOFError:
-            return
-        for row in rows:
-            channel.sendall(json.dumps(_answer(row, graders, broken)).encode() + b"\n")
 
 
 class _Worker:
@@ -145,7 +50,7 @@ class _Worker:
                 sys.executable,
                 "-P",
                 "-c",
-                f"from rubric.pool import serve; serve({theirs.fileno()}, {[*environments]!r})",
+                f"from rubric.grading import serve; serve({theirs.fileno()}, {[*environments]!r})",
             ],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a user's grader prints belongs with the log
@@ -213,6 +118,18 @@ class WorkerPool:
     def __init__(self, environments: Sequence[str], workers: int, timeout_s: float):
         self._environments, self._timeout_s = [*environments], timeout_s
         self._workers = [_Worker(environments) for _ in range(workers)]
+        self._broken: dict[str, str] | None = None  # None until a worker has tried to load them
+
+    def broken(self) -> dict[str, str]:
+        """What the workers cannot load, with place and reason; waits until one has tried."""
+        batch = _Batch([])
+        while self._broken is None and batch.failed_starts < STARTS:
+            self._listen(batch, max(0.0, min(worker.deadline for worker in self._workers) - time.monotonic()))
+        if self._broken is None:
+            return {
+                name: f"{name}: no worker process starts: it ends or hangs on import" for name in self._environments
+            }
+        return self._broken
 
     def run(self, tasks: Sequence[Task]) -> list[Result | Checked]:
         """One result a task, in order. Always returns: a task that hangs or kills its worker gets one with a reason."""
@@ -260,7 +177,8 @@ class WorkerPool:
                 for line in worker.lines():
                     if worker.ready:
                         batch.settle(worker.rows.popleft(), _spoken(line))
-                    worker.ready = True
+                    else:
+                        worker.ready, self._broken = True, json.loads(line)
                     worker.deadline = time.monotonic() + self._timeout_s if worker.rows else float("inf")
             except OSError:
                 self._lose(worker, batch, "")

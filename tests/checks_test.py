@@ -6,7 +6,7 @@ import pytest
 
 from rubric import checks
 from rubric.checks import CHECKS, Check
-from rubric.pool import Task, checked
+from rubric.grading import Task, checked
 
 PASSAGES = {"passages": [{"id": 1, "text": "The sea is blue."}, {"id": "b", "title": "Moon", "text": "It is grey."}]}
 CITED = PASSAGES | {"gold": ["1", "b"]}

@@ -48,6 +48,52 @@ def test_json_text_keeps_line_separators(tmp_path):
     assert read("a.jsonl", tmp_path) == [row]
 
 
+def test_prompts_of_other_trainers_read_as_messages(tmp_path, capsys):
+    from pyarrow import Table, parquet
+
+    text, turns = {"prompt": "2 + 2?", "answer": "4"}, {"prompt": [USER], "answer": "4"}
+    verl = {"data_source": "sums", "prompt": [USER], "ability": "math", "extra_info": {"index": 7, "split": "train"}}
+    verl["reward_model"] = {"style": "rule", "ground_truth": "4"}
+    for name, rows in (("text", [text]), ("trl", [turns]), ("verl", [verl]), ("both", [text, turns, ROW])):
+        write(tmp_path, f"{name}.jsonl", "\n".join(map(json.dumps, rows)))
+        write(tmp_path, f"{name}.json", json.dumps(rows))
+        assert read(f"{name}.jsonl", tmp_path) == read(f"{name}.json", tmp_path) == [ROW] * len(rows), name
+    for name, row in (("trl", turns), ("verl", verl)):
+        parquet.write_table(Table.from_pylist([row, row]), tmp_path / f"{name}.parquet")
+        assert read(f"{name}.parquet", tmp_path) == [ROW] * 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in said] == [f"verl.{end}" for end in ("jsonl", "json", "parquet")]
+    assert "verl.parquet: the rows' data_source, ability, extra_info are not read; what a grader" in said[-1]
+
+
+def test_fields_that_nobody_reads_are_named_once_a_file(tmp_path, capsys):
+    rows = [{**ROW, "solution": "by hand", "id": 1}, {**ROW, "level": 3, "meta": {"a": 1}}, {**TURNS, "prompt": "x"}]
+    write(tmp_path, "own.jsonl", "\n".join(map(json.dumps, rows)))
+    for _ in range(2):
+        assert read("own.jsonl", tmp_path) == [ROW, {**ROW, "meta": {"a": 1}}, TURNS]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "own.jsonl: the rows' solution, id, level, prompt are not read" in said
+    write(tmp_path, "plain.jsonl", json.dumps({**ROW, "key": "k"}))
+    read("plain.jsonl", tmp_path)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 3, "answer": "4"}, "prompt is 3; expected text, or a list of"),
+        ({"prompt": [{"role": "user"}], "answer": "4"}, r"prompt\[0\].content is missing; expected text"),
+        ({"prompt": " ", "answer": "4"}, "the last message is .*; expected one of the user's, with text"),
+        ({"prompt": "2 + 2?", "reward_model": {"style": "rule"}}, "answer is missing"),
+        ({"prompt": "2 + 2?", "solution": "4"}, "answer is missing"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_names_its_field(tmp_path, row, message):
+    write(tmp_path, "a.jsonl", json.dumps(row))
+    with pytest.raises(ValueError, match=rf"a\.jsonl:1: {message}"):
+        read("a.jsonl", tmp_path)
+
+
 def test_tables_read_alike(tmp_path):
     from pyarrow import Table, parquet
 

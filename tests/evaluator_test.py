@@ -1,6 +1,7 @@
 """The evaluator against hand-worked batches, and against graders that raise, hang, die or cannot even be loaded."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from rubric import pool
+from rubric import grading, pool, schema
 from rubric.evaluator import RubricConfig, RubricEvaluator, check
-from rubric.pool import Task
+from rubric.grading import Task
 from rubric.verify import GRADERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,10 +146,27 @@ def test_rows_that_cannot_be_graded_are_invalid_and_the_others_graded(hasty):
         (0, "worker process died with status 3"): 1,
         (0, "worker process died with status -9"): 1,
         (0, "SystemExit: 1"): 1,
-        (0, "grade 9 is outside the scale 1 to 4"): 1,
-        (0, "grade nan is outside the scale 1 to 4"): 1,
+        (0, f"grade 9 is outside the scale 1 to 4: {grading.OF_REWARD}"): 1,
+        (0, f"grade nan is outside the scale 1 to 4: {grading.OF_REWARD}"): 1,
         (1, empty): 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (True, "the grader returned True, and grades are 1 to 4"),
+        (False, "the grader returned False, and grades are 1 to 4"),
+        (np.bool_(True), "the grader returned True, and grades are 1 to 4"),
+        (0, "grade 0 is outside the scale 1 to 4"),
+        (0.5, "grade 0.5 is outside the scale 1 to 4"),
+    ],
+)
+def test_a_reward_is_no_grade_and_the_reason_says_how_to_give_one(returned, reason):
+    """True as a grade would be 1, the worst: the signal the wrong way round."""
+    result = grading.graded(lambda reply, answer, meta: returned, Task("own.py", "a", "a", {}))
+    assert result == (None, f"{reason}: {grading.OF_REWARD}")
+    assert "1 + 3 * reward" in grading.OF_REWARD and "def reward_fn(messages, answer)" in grading.OF_REWARD
 
 
 def test_workers_that_die_between_batches_are_replaced(hasty):
@@ -196,6 +214,42 @@ def test_a_file_that_fails_to_load_makes_its_rows_invalid(tmp_path):
             grades = evaluator.grade([0, 1], [{"answer": "a"}] * 2, ["a", "a"])
             assert grades.valid_B.tolist() == [False, True]
             assert evaluator.failures == {(0, reason): 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("# a remark\nimport no_such_package\n", r":2: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def of(x): return 1 / x\nTOP = of(0)\n", r":1: ZeroDivisionError: division by zero"),
+        ("import os\nos._exit(7)\n", r": no worker process starts: it ends or hangs on import"),
+        ("grade = 3\nif False:\n    pass\n#", r": TypeError: `grade` is no function"),
+    ],
+)
+def test_a_file_that_fails_to_load_is_refused_before_the_first_step(tmp_path, source, reason):
+    path = tmp_path / "own.py"
+    path.write_text(source + "def grade(reply, answer, meta): return 4.0\n")
+    evaluator = RubricEvaluator(["eq", str(path)], RubricConfig("graded", 2, 5.0))
+    where = re.escape(f"domains[1].environment: the grader cannot be loaded, {path}")
+    with pytest.raises(ValueError, match=where + re.escape(reason) + ": mend the file") as caught:
+        evaluator.require_loaded()
+    assert "\n" not in str(caught.value)
+    evaluator.close()  # a second time: nothing is left
+
+
+def test_a_rubrics_file_is_refused_as_the_domains_rubric(tmp_path):
+    (tmp_path / "own.py").write_text("import no_such_package\ngrade = max\n")
+    (tmp_path / "own.yaml").write_text(
+        "about: x\ngrades: {2: 0.25, 3: 0.6, 4: 0.95}\ncriteria:\n  a: {check: own.py}\n"
+    )
+    rubric = schema.load(str(tmp_path / "own.yaml"))
+    with pytest.raises(ValueError, match=r"domains\[0\].rubric: the grader cannot be loaded, .*own.py:1: Module"):
+        RubricEvaluator([None], RubricConfig("graded", 1, 5.0), [rubric]).require_loaded()
+
+
+def test_graders_that_load_are_not_refused(evaluator):
+    evaluator.require_loaded()
+    with RubricEvaluator(["eq"], RubricConfig("graded", 0, 1.0)) as here:
+        here.require_loaded()
 
 
 def test_a_relative_path_and_a_neighbour_module_work(tmp_path, monkeypatch):
@@ -279,5 +333,5 @@ def test_cheap_rows_take_no_worker_and_little_time():
 
 
 def test_a_task_is_answered_or_given_a_reason():
-    assert pool.graded(lambda reply, answer, meta: 3, Task("eq", "", None, {})) == (3.0, "")
-    assert pool.graded(lambda reply, answer, meta: 0.5, Task("eq", "", None, {})).grade is None
+    assert grading.graded(lambda reply, answer, meta: 3, Task("eq", "", None, {})) == (3.0, "")
+    assert grading.graded(lambda reply, answer, meta: 0.5, Task("eq", "", None, {})).grade is None

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infinite_jax import record, resume, train
+from infinite_jax import record, report, resume, train
+from infinite_jax.page import run as page_run
 
 RUBRIC = """
 about: Luck is worth all, the rest is only looked at.
@@ -62,7 +63,14 @@ def test_an_edited_grader_is_reported_and_the_average_moves_to_its_scale(run, ca
 
     (run.parent / "lucky.py").write_text(MOST)
     assert resume.main([str(run), "run.steps=4"]) == 0
-    assert "could not be graded" not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "could not be graded" not in said.err
+    assert said.err.count("grader of domain copy is not the one that the run had up to step 2") == 1
+    assert said.err.count("step 3: the grader of domain copy changed: the same ") == 1
+    assert "grader of domain add" not in said.err and "grader of domain seen" not in said.err
+    assert "| copy * " in said.out and "| macro average * " in said.out and "| seen " in said.out
+    assert "* another grader since: copy (step 3): what changed there" in said.out
+    assert "Another grader since: copy (step 3)." in report.page(page_run.read(run))
     (event,) = record.read(run / "events.jsonl")
     anchors = [entry for entry in record.read(run / "anchors.jsonl") if "reply" in entry]
     shift = np.mean([lucky(entry["reply"]) for entry in anchors if entry["domain"] == "copy"]) - 1

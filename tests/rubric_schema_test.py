@@ -215,7 +215,7 @@ def test_a_batch_of_domains_with_and_without_rubrics(written, tmp_path):
 
 
 def test_a_conversation_graded_elsewhere_takes_the_environments_place(written):
-    from rubric.pool import Result
+    from rubric.grading import Result
 
     around = load(written(GOOD.replace("check: eq", "check: environment")))
     with RubricEvaluator([None, None], CONFIG, [around, None]) as evaluator:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -355,16 +356,70 @@ def test_changed_data_and_a_foreign_tokenizer_are_refused(setting, tmp_path, cap
     assert not (tmp_path / "other").exists()  # a refused run leaves no folder behind
 
 
-def test_a_grader_that_gives_no_answer_is_named(setting, tmp_path, capsys):
-    broken = tmp_path / "broken.py"
-    broken.write_text("def grade(reply, answer, meta):\n    raise RuntimeError('service is down')\n")
-    text = (Path(setting[1]) / "small.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(text.replace(str(Path(setting[1]) / "checksum.py"), str(broken)))
-    folder = tmp_path / "run"
-    assert train.main(["--config-dir", str(tmp_path), "--config-name", "mine", f"run.dir={folder}", "run.steps=1"]) == 0
+@pytest.fixture
+def graded_by(setting, tmp_path):
+    """Arguments of the same run with a grader of this text."""
+
+    def write(source: str) -> list[str]:
+        broken = tmp_path / "broken.py"
+        broken.write_text(source)
+        text = (Path(setting[1]) / "small.yaml").read_text()
+        (tmp_path / "mine.yaml").write_text(text.replace(str(Path(setting[1]) / "checksum.py"), str(broken)))
+        return ["--config-dir", str(tmp_path), "--config-name", "mine", f"run.dir={tmp_path / 'run'}", "run.steps=1"]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("source", "said", "begun"),
+    [
+        (
+            "import json\nimport nosuchmodule\ndef grade(reply, answer, meta): return 1\n",
+            "broken.py:2: ModuleNotFoundError: No module named 'nosuchmodule': mend",
+            False,
+        ),
+        (
+            "def grade(reply, answer, meta): return meta['gold']\n",
+            "domain copy: none of its 5 held-out replies could be graded (nor of add): KeyError: 'gold': mend",
+            True,
+        ),
+        (
+            "def grade(reply, answer, meta): return reply == answer\n",
+            "the grader returned False, and grades are 1 to 4: for a reward from 0 to 1 return 1 + 3 * reward",
+            True,
+        ),
+    ],
+)
+def test_a_run_without_grades_ends_before_its_first_step(graded_by, tmp_path, capsys, source, said, begun):
+    with pytest.raises(SystemExit) as ended:
+        train.main(graded_by(source))
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(error) == 1 and said in error[0]
+    assert (tmp_path / "run").exists() == begun and not (tmp_path / "run" / "checkpoints" / "0").exists()
+
+
+def test_a_grader_that_gives_no_answer_is_named(graded_by, tmp_path, capsys):
+    source = """
+        calls = 0
+        def grade(reply, answer, meta):  # by one worker: the ten held-out replies, and no other
+            global calls
+            calls += 1
+            if calls > 10: raise RuntimeError("service is down")
+            return 1
+    """
+    assert train.main(graded_by(textwrap.dedent(source))) == 0
     assert "warning: domain copy" in (error := capsys.readouterr().err) and "service is down" in error
-    row = record.read(folder / "metrics.jsonl")[1]
+    row = record.read(tmp_path / "run" / "metrics.jsonl")[1]
     assert row["rollout/invalid"] == 1 and row["policy/skipped"] == 1 and row["reward/mean"] is None
+
+
+def test_a_run_whose_groups_never_differ_says_so_once(graded_by, straight, tmp_path, capsys):
+    assert any(row["reward/differing"] > 0 for row in record.read(straight / "metrics.jsonl")[1:])
+    assert train.main([*graded_by("def grade(reply, answer, meta): return 1\n"), "run.steps=6"]) == 0
+    assert all(row["reward/differing"] == 0 for row in record.read(tmp_path / "run" / "metrics.jsonl")[1:])
+    error = capsys.readouterr().err
+    assert error.count("no group's replies were rewarded differently (mean reward 0.000)") == 1
+    assert "easier rows" in error and "algorithm.group_size above 2" in error
 
 
 @pytest.mark.parametrize("verb", ["train", "resume", "evaluate", "export"])

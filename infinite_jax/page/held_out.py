@@ -1,10 +1,11 @@
 """Sections of the report that come from held-out evaluations: change by domain, grades, retention."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from infinite_jax import panels, retention, statistics
+from infinite_jax import panels, record, retention, statistics
 from infinite_jax.drawing import logged
 from infinite_jax.heldout import Results, passed
 from infinite_jax.page.pieces import (
@@ -77,8 +78,17 @@ def held_out(run: Run, found: Changes | None) -> Section:
         "Greedy pass rate on fixed test prompts. Intervals are 95 %, over the choice of prompts; a change is paired by "
         "prompt, and coloured where its interval leaves out 0. They say nothing about another training seed."
     )
-    body = _rates(run) if found is None else f'<div class="card">{_changes_table(found)}</div>'
+    regraded = record.regraded(run.events)
+    body = _rates(run) if found is None else f'<div class="card">{_changes_table(found)}{_regraded(regraded)}</div>'
     return Section("heldout", "Held out", lede, body)
+
+
+def _regraded(steps: Mapping[str, int]) -> str:
+    """A note on domains whose grader changed; nothing without any."""
+    if not steps:
+        return ""
+    named = ", ".join(f"{esc(name)} (step {step:,})" for name, step in steps.items())
+    return f'<p class="under">Another grader since: {named}. What changed there is not the policy\'s alone.</p>'
 
 
 def macro_curve(run: Run) -> str:

@@ -63,7 +63,7 @@ def checked_turns(turns: object) -> list[Message]:
 def checked_grade(grade: object) -> float:
     """Raises ValueError when it is no number from 1 to 4."""
     if isinstance(grade, bool) or not isinstance(grade, int | float) or not 1 <= grade <= 4:
-        raise ValueError(f"grade returned {_short(grade)}: return a number from 1 to 4")
+        raise ValueError(f"grade returned {_short(grade)}: return a number from 1 to 4, or name it reward_fn: 0 to 1")
     return float(grade)
 
 

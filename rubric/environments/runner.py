@@ -22,7 +22,7 @@ from rubric.environments.protocol import (
     of_row,
     shown_tools,
 )
-from rubric.pool import Result, reason_of
+from rubric.grading import Result, reason_of
 
 THREADS = 16
 QUIET_S = 60.0  # between two lines about an environment that does not answer
