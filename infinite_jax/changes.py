@@ -88,7 +88,9 @@ def apply(config: Config, changes: Changes) -> Config:
         known[domain.name] = domain
     for name in changes.retire:
         if name not in known:
-            trained = ", ".join(domain.name for domain in config.domains if not domain.eval_only)
+            trained = ", ".join(
+                domain.name for domain in config.domains if not domain.eval_only and domain.retires is None
+            )
             raise ValueError(f"retire={name}: the run has no such domain; it trains on {trained}")
         if known[name].eval_only:
             raise ValueError(f"retire={name}: it is eval_only, so it is not trained on: leave it out")

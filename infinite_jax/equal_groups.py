@@ -1,4 +1,4 @@
-"""Says once that a run learns nothing because every group's replies are rewarded alike.
+"""Says once that a run learns nothing from its rewards because every group's replies are rewarded alike.
 
 Against its group a reply counts by what it is above or below the others (grpo.group_advantage): where all of a group
 have one reward, none has an advantage, and where that holds in every group of every step, the run only costs time. A
@@ -36,6 +36,6 @@ class EqualGroups:
         graded = "rubric.reward=graded, " if self.config.rubric.reward == "pass" else ""
         return (
             f"in {STEPS} steps no group's replies were rewarded differently (mean reward {mean:.3f}), so nothing was "
-            f"learnt: try {graded}{rows}, algorithm.temperature above {algorithm.temperature:g}, or "
+            f"learnt from them: try {graded}{rows}, algorithm.temperature above {algorithm.temperature:g}, or "
             f"algorithm.group_size above {algorithm.group_size}"
         )

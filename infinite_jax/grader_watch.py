@@ -73,10 +73,10 @@ class GraderWatch:
             if multihost.is_first():
                 keeper = Keeper.resume(run_dir / FILE, session.grader, session.names, config, step)
                 for name in keeper.changed():
-                    say(
-                        f"the grader of domain {name} is not the one that the run had up to step {step}: its grades "
-                        "before and after are not on one scale; the first step measures the shift on fixed replies"
-                    )
+                    tells = "the first step tells whether fixed replies are graded otherwise now"
+                    if name not in keeper.anchors.domains:
+                        tells = "no fixed replies of it are kept, so nothing tells whether its grades moved"
+                    say(f"the grader of domain {name} has another version than the run had up to step {step}: {tells}")
             _set_era(session.grader, exchange.from_first(keeper.baseline.era if keeper else None))
         return cls(session, keeper, True)
 
@@ -166,14 +166,15 @@ def check_measured(session: Session, run_dir: Path) -> None:
     other = {name for name in prior if versions[name] != first.versions.get(name)}
     if not other:
         return
+    held, first = anchors.of_domains(held, first, other)
     with _uncounted(session.grader):
         after_N = anchors.regrade(session.grader, session.names, held)
     for shift in anchors.compare(held, first, after_N, versions, config.anchors.alpha):
-        if shift.drifted and shift.domain in other:
+        if shift.drifted or not shift.n:
+            moved = f"gives {shift.changed} of {shift.n} anchors another grade" if shift.n else "can grade no anchor"
             raise ValueError(
-                f"{run_dir}: domain {shift.domain}: its grader is another than M0 was measured with, and gives "
-                f"{shift.changed} of {shift.n} anchors another grade, which would pass for a drop or hide one: put the "
-                "old grader back, or begin a new upgrade with this one"
+                f"{run_dir}: domain {shift.domain}: its grader is another than M0 was measured with, and {moved}, "
+                "which would pass for a drop or hide one: put the old grader back, or begin a new upgrade with this one"
             )
 
 

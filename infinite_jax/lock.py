@@ -5,7 +5,8 @@ again while the old one still lives does just that. The kernel frees the lock wi
 kill leaves nothing behind but the file, whose text says who had it last. On NFS Linux makes of flock a lock of the
 server's, which holds between hosts (flock(2)).
 
-Left out: commands that only read a run take no lock, and those that write beside one (audit, calibrate, report).
+Left out: commands that only read a run take no lock, nor do those that write beside one (audit, calibrate, report,
+rehearsal) and `ablate`, whose runs have folders of their own.
 """
 
 import fcntl

@@ -31,5 +31,6 @@ def refuse(session: Session, results: Results) -> None:
     with cli.bad_input():
         raise ValueError(
             f"domain {name}: none of its {len(results[name].greedy_N)} held-out replies could be graded{others}: "
-            f"{reason}: mend that, or leave the domain out; a reply that a grader cannot read has grade 1"
+            f"{reason}: mend its file or service and resume, or begin another run without the domain; a reply that a "
+            "grader cannot read has grade 1"
         )

@@ -111,9 +111,9 @@ class Keeper:
         return bool(known) and (step % self.config.every == 0 or bool(known & set(fallen)) or bool(self.changed()))
 
     def changed(self) -> list[str]:
-        """Domains whose grader's version is not the recorded one."""
+        """Domains whose grader's version is not the recorded one; of an added domain none is recorded yet."""
         versions = zip(self.names, self.evaluator.versions())
-        return [name for name, version in versions if version != self.baseline.versions.get(name)]
+        return [name for name, version in versions if version != self.baseline.versions.get(name, version)]
 
     def check(self, step: int, groups: Mapping[str, int]) -> Found:
         """Grades the anchors again after `step`; groups: of each domain graded in training so far."""

@@ -18,9 +18,10 @@ What follows a drift is the caller's: curriculum/rebase.py for what the schedule
 its cache, and the new grades as the next baseline.
 """
 
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +99,13 @@ def regrade(evaluator: RubricEvaluator, names: Sequence[str], anchors: Anchors) 
     domain_N = np.array([number[name] for name in anchors.domains], np.int32)
     grades = evaluator.score(domain_N, anchors.rows, anchors.replies, fresh=True).grades
     return np.where(grades.valid_B, grades.grade_B, np.nan).astype(np.float64)
+
+
+def of_domains(anchors: Anchors, baseline: Baseline, names: Set[str]) -> tuple[Anchors, Baseline]:
+    """Those of some domains alone."""
+    here_N = [name in names for name in anchors.domains]
+    kept = Anchors(*(tuple(itertools.compress(column, here_N)) for column in anchors))
+    return kept, baseline._replace(grade_N=baseline.grade_N[np.array(here_N, bool)])
 
 
 def noisy(anchors: Anchors, first_N: np.ndarray, second_N: np.ndarray, judged: Sequence[str]) -> tuple[str, ...]:

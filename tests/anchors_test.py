@@ -166,6 +166,8 @@ def test_a_run_that_keeps_anchors(tmp_path):
         found = keeper.check(20, {"mine": 40, "facts": 40})
         assert found.events == [] and not found.drifted_D.any()
     own.write_text("def grade(reply, answer, meta): return 2 if reply == answer else 1\n")
+    with RubricEvaluator([str(own), "eq", "number"], CONFIG) as evaluator:  # a domain added then has no other version
+        assert Keeper.resume(path, evaluator, [*names, "added"], config, 25).changed() == ["mine"]
     with RubricEvaluator([str(own), "eq"], CONFIG) as evaluator:
         keeper = Keeper.resume(path, evaluator, names, config, 25)
         assert keeper.baseline.step == 20 and keeper.due(25)

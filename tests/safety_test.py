@@ -197,6 +197,10 @@ def test_a_grader_that_m0_was_not_measured_with_is_refused_at_resume(halted, set
         assert ended.value.code == 2 and error.count("\n") == 1 and "put the old grader back" in error
         assert re.search(r"domain (seen|add): .* gives [1-9]\d* of \d+ anchors another grade", error)
         assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
+        grader.write_text(was + "\n\ndef grade(reply, answer, meta):\n    raise ValueError('no')\n")
+        with pytest.raises(SystemExit):
+            resume.main([str(folder), "run.steps=2"])
+        assert "and can grade no anchor, which" in capsys.readouterr().err
         grader.write_text(was + "# a remark\n")
         assert resume.main([str(folder), "run.steps=2"]) == 0
     finally:
