@@ -70,7 +70,7 @@ def plot(rows: list[list], path: str) -> None:
             axes.plot(*zip((1, 1.0), *sorted(points)), label=f"{shape} {layout}", **style)
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="devices", xticks=sorted({row[2] for row in rows}))
-    axes.set_ylim(min(0.85, *(row[i] - 0.02 for row in many for i in (9, 10) if row[i])), 1.02)
+    axes.set_ylim(min([0.85, *(row[i] - 0.02 for row in many for i in (9, 10) if row[i])]), 1.02)
     figure.axes[0].set_ylabel("tokens/s a device, over one device's")
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
@@ -109,9 +109,9 @@ def main() -> None:
             rows.append([shape, layout, count, *(found or [None] * 6), *shares, why])
             print(rows[-1], flush=True)
     if multihost.is_first():
+        report(given, {"processes": jax.process_count()}, COLUMNS, rows)
         if given.plot:
             plot(rows, given.plot)
-        report(given, {"processes": jax.process_count()}, COLUMNS, rows)
     multihost.shutdown()
 
 

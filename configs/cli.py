@@ -7,6 +7,8 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 halted by a gate, 75 preempted (sav
 
 import argparse
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from sharding import multihost
 
 DONE, FAILED, BAD_INPUT, HALTED, PREEMPTED = 0, 1, 2, 3, 75
 USERS = (ValueError, OSError, ModuleNotFoundError, YAMLError)  # errors that the user can mend
+_OF_HOME = re.compile(r"""^([^=]+=["']?)~(?=/)""")  # no shell expands it behind a =, and Hydra knows no ~
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,8 +89,13 @@ def bad_input() -> Iterator[None]:
         raise SystemExit(BAD_INPUT) from error
 
 
-def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> schema.Config:
-    """Composes YAML and overrides into a Config. Raises ValueError, one line, on anything that does not fit."""
+def compose_config(
+    name: str, folder: str | None, overrides: Sequence[str], typed: Sequence[str] | None = None
+) -> schema.Config:
+    """Composes YAML and overrides into a Config. Raises ValueError, one line, on anything that does not fit.
+
+    typed: those overrides that this configuration alone has to read; None: all.
+    """
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"--config-dir {folder}: no such folder")
     plain, listed = _listed(overrides)
@@ -110,19 +118,21 @@ def compose_config(name: str, folder: str | None, overrides: Sequence[str]) -> s
     if not isinstance(data, dict) or not data.keys() & {"algorithm", "domains"}:
         raise ValueError(f"--config-name {name}: holds no configuration; begin it with `defaults: [config, _self_]`")
     config = schema.build(schema.Config, data | listed)
-    idle.check(config, [text.partition("=")[0].lstrip("+~") for text in overrides])
+    idle.check([config], overrides if typed is None else typed)
     return config
 
 
 def _listed(overrides: Sequence[str]) -> tuple[list[str], dict[str, list]]:
     """(what Hydra composes, {"domains": [...]} or {}): to Hydra `domains` names a file, and it knows no list of them.
 
-    Raises ValueError, one line, on what is no key=value and on a group that is set to no name.
+    Raises ValueError, one line, on what is no key=value, on a group that is set to no name, and on what else is said
+    of the domains beside a list of them.
     """
-    plain, listed, parser = [], {}, OverridesParser.create()
+    plain, listed, parser, of_domains = [], {}, OverridesParser.create(), []
     for text in overrides:
         if "=" not in text:
             raise ValueError(f"argument {text!r}: expected key=value, such as run.steps=100")
+        text = _OF_HOME.sub(lambda found: found[1] + os.path.expanduser("~"), text)
         try:
             override = parser.parse_override(text)
         except HydraException as error:
@@ -131,12 +141,18 @@ def _listed(overrides: Sequence[str]) -> tuple[list[str], dict[str, list]]:
                 f"argument {text!r}: {str(error).splitlines()[0]}; a value with special characters stands in quotes of "
                 f"its own, '{key}=\"{value}\"'"
             ) from error
-        value = override.value()
-        if override.key_or_group == "domains" and isinstance(value, list) and not any(map(_is_text, value)):
+        key, value = override.key_or_group, override.value()
+        if key == "domains" or key.startswith("domains."):
+            of_domains.append(text)
+        if key == "domains" and isinstance(value, list) and not any(map(_is_text, value)):
             listed = {"domains": value}
         else:
             faults.check_group(override)
             plain.append(text)
+    if listed and len(of_domains) > 1:
+        raise ValueError(
+            f"{' '.join(of_domains)}: a list is all of the domains: write the change into it, or leave it out"
+        )
     return plain, listed
 
 

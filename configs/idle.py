@@ -5,7 +5,7 @@ model=tiny itself states the learning rate of a critic that most runs do not hav
 groups, `algorithm=grpo` over a file that begins with ppo, and a saved configuration resumes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from configs.schema import Config, get
 from rubric import schema
@@ -13,25 +13,29 @@ from rubric import schema
 OF_GAE = ("gamma", "gae_lambda", "critic_learning_rate", "value_clip", "freeze_steps")  # and of its critic
 
 
-def check(config: Config, typed: Iterable[str]) -> None:
-    """Raises ValueError, one line, on a key or group among `typed` that nothing of `config` asks for."""
-    advantage, judged = config.algorithm.advantage, None
-    for key in typed:
-        section, _, name = key.partition(".")
-        if section == "algorithm" and name in OF_GAE and advantage != "gae":
-            raise ValueError(
-                f"{key}={get(config, key)}: algorithm.advantage={advantage} never reads it: leave it out, or set "
-                "algorithm=ppo"
+def check(configs: Sequence[Config], typed: Iterable[str]) -> None:
+    """Raises ValueError, one line, on a key or group among the key=value of `typed` that none of `configs` asks for."""
+    for text in typed:
+        key = text.partition("=")[0].lstrip("+~")
+        reasons = [_why_unread(config, key) for config in configs]
+        if all(reasons):
+            raise ValueError(reasons[0])
+
+
+def _why_unread(config: Config, key: str) -> str:
+    """One line; "" where `config` reads the key."""
+    section, _, name = key.partition(".")
+    advantage = config.algorithm.advantage
+    if section == "algorithm" and name in OF_GAE and advantage != "gae":
+        return (
+            f"{key}={get(config, key)}: algorithm.advantage={advantage} never reads it: leave it out, or set "
+            "algorithm=ppo"
+        )
+    if config.rubric.judge is not None and (key == "rubric" or key.startswith("rubric.judge")):
+        rubrics = schema.load_all([domain.rubric for domain in config.domains])
+        if not any(rubric and rubric.judged for rubric in rubrics):
+            return (
+                f"{key}: no domain asks a judge, so none would be asked: leave it out, or give a domain a rubric "
+                "with one, such as `rubric: creative_judged`"
             )
-        if config.rubric.judge is not None and (key == "rubric" or key.startswith("rubric.judge")):
-            if judged is None:
-                judged = any(rubric and rubric.judged for rubric in _rubrics(config))
-            if not judged:
-                raise ValueError(
-                    f"{key}: no domain asks a judge, so none would be asked: leave it out, or give a domain a rubric "
-                    "with one, such as `rubric: creative_judged`"
-                )
-
-
-def _rubrics(config: Config) -> list[schema.Rubric | None]:
-    return schema.load_all([domain.rubric for domain in config.domains])
+    return ""

@@ -5,10 +5,12 @@
     {"prompt": [{"role", "content"}, ...], "answer": ...}    as TRL has it
     {"prompt": [...], "reward_model": {"ground_truth": ...}} as verl has it
 
-The first of `messages`, `prompt`, `question` that is there is read, and `answer` before `reward_model`.
+The first of `messages`, `prompt`, `question` that is there is read, and `answer` before `reward_model`. In a table
+lists and objects may be JSON text.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,7 @@ from curriculum.generators import Row
 
 ROLES = ("system", "user", "assistant", "tool")
 PROMPTS = ("messages", "prompt", "question")  # fields that can hold what is asked, the first present is read
+_LISTED = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)  # in Python's quotes too, which are refused
 OPTIONAL = (("meta", dict, "an object"), ("tools", list, "a list"), ("key", str, "text"))
 
 
@@ -90,10 +93,10 @@ def columns_fit(names: Iterable[str], where: str) -> None:
 
 
 def tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """A table's row in the form of JSON's: JSON text becomes what it says."""
+    """A table's row in the form of JSON's: JSON text becomes what it says, a prompt where it is a list of messages."""
     row = dict(raw)
-    for field in ("messages", "meta", "tools"):
-        if isinstance(row.get(field), str):
+    for field in ("messages", "prompt", "question", "meta", "tools", "reward_model"):
+        if isinstance(row.get(field), str) and _is_json(field, row):
             try:
                 row[field] = json.loads(row[field])
             except json.JSONDecodeError as error:
@@ -101,6 +104,13 @@ def tabular(raw: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where}: column {field} is not JSON: {error.msg} at character {error.pos + 1}"
                 ) from error
     return row
+
+
+def _is_json(field: str, row: dict[str, Any]) -> bool:
+    """Whether a column's text is to be JSON."""
+    if field in ("prompt", "question"):
+        return field == _column(row) and bool(_LISTED.match(row[field]))  # what is not read may be any text
+    return field != "reward_model" or row.get("answer") is None
 
 
 def what(value: Any) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from configs import cli, schema
+from configs import cli, idle, schema
 from infinite_jax.worlds import criteria, plots, table
 from infinite_jax.worlds.table import Arm, Probe
 
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = importlib.import_module(f"infinite_jax.worlds.{config.world}")
         settings = schema.build(world.Settings, section, WORLDS[config.world])
         arms = [compose_arm(name, given.config_name, given.config_dir, rest) for name in config.arms]
+        idle.check([arm.config for arm in arms], rest)
         run_dir = choose(arms[0].config.run.dir)
         rows = table.load(run_dir / "ablate.csv")
         probe = Probe(config.probe, config.probe_after)
@@ -129,7 +130,8 @@ def _dotted(data: dict, prefix: str = "") -> list[str]:
 def compose_arm(name: str, config_name: str, config_dir: str | None, overrides: Sequence[str]) -> Arm:
     """The arm's run configuration: the named file of configs/curriculum/ with the changes behind the commas.
 
-    A change names a key of the curriculum, uncertainty_weight=3, or with its section any other, rubric.reward=pass.
+    A change names a key of the curriculum, uncertainty_weight=3, or with its section any other, rubric.reward=pass. The
+    arm has to read its changes; of `overrides`, which all arms share, another arm may be the one that does.
 
     Raises ValueError, one line, with the nearest name where there is no such file.
     """
@@ -147,7 +149,7 @@ def compose_arm(name: str, config_name: str, config_dir: str | None, overrides: 
     own = [*overrides, f"curriculum={preset}", *changes]
 
     def compose(more: Sequence[str]) -> schema.Config:
-        return cli.compose_config(config_name, config_dir, [*own, *more])
+        return cli.compose_config(config_name, config_dir, [*own, *more], changes)
 
     return Arm(name, compose([]), compose)
 

@@ -190,7 +190,7 @@ def _score_interval(
 def _least(x_DK: np.ndarray, w_DK: np.ndarray, z: float) -> float:
     """The least mean theta that the data do not refute, for values of 0 and more that could have been 0."""
     n_D = w_DK.sum(1)
-    mean = float(np.mean((w_DK * x_DK).sum(1) / n_D))
+    mean = float(_tilted(0.0, x_DK, w_DK)[0].mean())  # rounded as those it is compared with
     if mean == 0:
         return 0.0
     lost = n_D.sum() / (n_D.sum() - len(n_D) + 1)
@@ -199,7 +199,9 @@ def _least(x_DK: np.ndarray, w_DK: np.ndarray, z: float) -> float:
         """Above 0 where theta is refuted."""
         mean_D, variance_D = _tilted(tilt, x_DK, w_DK)
         short = mean - float(mean_D.mean())
-        return short - z * float(np.sqrt(lost * (variance_D / n_D).sum())) / len(n_D) if short > 0 else -1.0
+        if short <= 1e-9 * mean:  # rounding: where all values agree the variance is 0 until some lie at 0
+            return -1.0
+        return short - z * float(np.sqrt(lost * (variance_D / n_D).sum())) / len(n_D)
 
     top = float(n_D.max())
     while refuted(top) < 0:

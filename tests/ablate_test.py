@@ -184,6 +184,17 @@ def test_an_arm_is_a_preset_with_changes():
     assert ablate.compose_arm("faithful,rubric.reward=pass", "config", None, []).config.rubric.reward == "pass"
 
 
+def test_a_key_that_one_arm_reads_is_not_refused_for_the_others(capsys, tmp_path):
+    arms = 'arms=[faithful,"faithful,algorithm.advantage=gae,algorithm.critic=head"]'
+    given = [*SMALL, "pictures=[]", f"run.dir={tmp_path / 'x'}", "seeds=1"]
+    assert ablate.main([*given, arms, "algorithm.gamma=0.9"]) == cli.DONE
+    capsys.readouterr()
+    unread = "algorithm.gamma=0.9: algorithm.advantage=std never reads it"
+    assert refused(capsys, *given, "algorithm.gamma=0.9").startswith(unread)
+    mine = 'arms=["faithful,algorithm.gamma=0.9","faithful,algorithm.advantage=gae,algorithm.critic=head"]'
+    assert refused(capsys, *given, mine).startswith(unread)  # the first arm's own
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

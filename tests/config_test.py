@@ -175,6 +175,22 @@ def test_domains_are_written_out_on_the_command_line():
     assert (second.name, second.eval_only) == ("b", True)
 
 
+@pytest.mark.parametrize("beside", ["domains.0.name=zzz", "domains=tiny_calculator", "+domains.0.test=x", ASKS])
+def test_a_list_of_domains_is_all_that_is_said_of_them(beside):
+    said = [ASKS, beside], [beside, ASKS]
+    assert all(f"{' '.join(both)}: a list is all of the domains" in refusal(*both) for both in said)
+
+
+def test_a_home_directory_is_no_folder_of_that_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a (b)")
+    for typed in ('run.dir="~/x"', "run.dir='~/x'"):
+        assert compose_config("config", None, [typed]).run.dir == "/home/a (b)/x"
+    assert """'run.dir="/home/a (b)/x"'""" in refusal("run.dir=~/x")
+    monkeypatch.setenv("HOME", "/home/a")
+    config = compose_config("config", None, ["run.dir=~/x", "model.path=~/m", 'run.name="a~/b"'])
+    assert (config.run.dir, config.model.path, config.run.name) == ("/home/a/x", "/home/a/m", "a~/b")
+
+
 def test_a_critic_needs_no_second_sample_of_a_prompt():
     limits.validate(compose_config("config", None, ["algorithm=ppo", "algorithm.group_size=1"]), 1)
 

@@ -1,5 +1,6 @@
 """Reading, checking and ordering of domains. Every malformed file names its line."""
 
+import csv
 import dataclasses
 import json
 import subprocess
@@ -110,6 +111,42 @@ def test_tables_read_alike(tmp_path):
     (row,) = read("f.csv", tmp_path)
     assert row["answer"] == "1, 2" and row["meta"] == {"separator": ", "} and row["key"] == "k"
     assert row["tools"] == [{"name": "f"}]
+
+
+def table_of(folder: Path, row: dict) -> str:
+    with (folder / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([row, row.values()])
+    return "a.csv"
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "question"])
+def test_a_cell_may_hold_a_list_of_messages(column, tmp_path):
+    assert read(table_of(tmp_path, {column: json.dumps(TURNS["messages"]), "answer": "4"}), tmp_path) == [
+        {"messages": TURNS["messages"], "answer": "4"}
+    ]
+    named = json.dumps([{"name": "Ann", "content": "[{}]", "role": "user"}])
+    (row,) = read(
+        table_of(tmp_path, {column: named, "answer": "4", "question": str([USER])} | {column: named}), tmp_path
+    )
+    assert row["messages"] == [{"role": "user", "content": "[{}]"}]
+    with pytest.raises(ValueError, match=rf"a.csv:2: column {column} is not JSON: Expecting property name"):
+        read(table_of(tmp_path, {column: str([USER]), "answer": "4"}), tmp_path)  # as pandas writes it
+
+
+@pytest.mark.parametrize("text", ["[{1, 2}, {3}]: how many sets?", '[{"a": 1}]', "[{", "[1]", '{"role": "user"}'])
+def test_a_prompt_with_brackets_is_text(text, tmp_path):
+    (row,) = read(table_of(tmp_path, {"prompt": text, "answer": "2"}), tmp_path)
+    assert row["messages"] == [{"role": "user", "content": text}]
+
+
+def test_a_cell_may_hold_a_reward_model(tmp_path):
+    model = json.dumps({"style": "rule", "ground_truth": "4"})
+    asked = {"prompt": "2 + 2?"}
+    assert read(table_of(tmp_path, {**asked, "reward_model": model}), tmp_path) == [ROW]
+    assert read(table_of(tmp_path, {**asked, "reward_model": model, "answer": ""}), tmp_path) == [ROW]
+    assert read(table_of(tmp_path, {**asked, "reward_model": "mine-7b", "answer": "4"}), tmp_path) == [ROW]
+    with pytest.raises(ValueError, match=r"a.csv:2: column reward_model is not JSON: Expecting value at character 1"):
+        read(table_of(tmp_path, {**asked, "reward_model": "mine-7b"}), tmp_path)
 
 
 GOOD = json.dumps(ROW)

@@ -149,6 +149,30 @@ def test_paired_difference_by_hand():
     assert paired_difference([before], [after]).low < 0.25
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (96, 3), (96, 5), (2, 7), (50, 6)])
+def test_paired_difference_where_all_prompts_change_alike(shape):
+    """By k / S: the likeliest probability of it, p, is n / (n + z^2), the rest at -1 (at 1), as of Wilson's n of n."""
+    prompts, samples = shape
+    before, p = np.zeros(shape), prompts / (prompts + 3.841459)
+    for k in range(samples + 1):
+        change, after = k / samples, np.tile(np.arange(samples) < k, (prompts, 1)).astype(float)
+        low, high = (1 + change) * p - 1, 1 - (1 - change) * p
+        close(paired_difference([before], [after]), change, low, high, digits=6)
+        close(paired_difference([after], [before]), -change, -high, -low, digits=6)
+        several = paired_difference([before] * 3, [after] * 3)
+        assert several.low < change - 0.01 and (several.high > change + 1e-3 or k == samples)
+
+
+def test_paired_difference_where_all_prompts_of_one_domain_change_alike():
+    rng = np.random.default_rng(0)
+    for prompts in (2, 3, 7, 96):
+        for samples in (3, 5, 6):
+            sides = [[np.zeros((prompts, samples)), rng.integers(2, size=(9, samples))] for _ in range(2)]
+            sides[1][0][:, : rng.integers(1, samples + 1)] = 1
+            found = paired_difference(*sides)
+            assert -1 <= found.low < found.mean < found.high <= 1
+
+
 def test_paired_difference_leaves_a_prompt_out_on_both_sides():
     before = np.array([[1.0, NAN], [NAN, NAN], [0.0, 0.0], [0.0, 1.0]])
     after = np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [NAN, 1.0]])
