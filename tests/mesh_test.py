@@ -32,7 +32,7 @@ UNROLLED = ("fsdp4_tensor2", "fsdp2_tensor2_seq2")  # sampled from without a loo
 DEFAULT = {
     "llama": SIX,
     "qwen2": ("fsdp4_tensor2", "fsdp2_tensor2_seq2"),
-    "qwen3": ("data2_fsdp2_tensor2", "fsdp2_tensor2_seq2"),
+    "qwen3": ("fsdp2_tensor2_seq2",),
     "gemma3": ("data2_fsdp2_tensor2", "fsdp2_tensor2_seq2"),
 }
 REST = {family: tuple(mesh for mesh in SIX if mesh not in meshes) for family, meshes in DEFAULT.items()}
