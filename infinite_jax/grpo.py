@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from configs.schema import AlgorithmConfig
+from curriculum.triage import ZERO_VARIANCE
 from infinite_jax import gae
 from infinite_jax.types import Batch, Critic, Params, Roles, TrainState, learning
 
@@ -41,7 +42,7 @@ def group_advantage(reward_PG: jax.Array, valid_PG: jax.Array, norm: str) -> jax
 
     norm: `std` (r - mean) / (std + 1e-6) with the population standard deviation, `none` r - mean, `loo` r minus the
     mean of the others, `global` (r - mean) / (std of that over the batch + 1e-6). A group whose rewards all agree
-    (range below 1e-8) gets exactly 0, whatever float noise its mean carries.
+    (range below ZERO_VARIANCE) gets exactly 0, whatever float noise its mean carries.
     """
     chex.assert_rank([reward_PG, valid_PG], 2)
     valid = valid_PG.astype(jnp.float32)
@@ -49,7 +50,7 @@ def group_advantage(reward_PG: jax.Array, valid_PG: jax.Array, norm: str) -> jax
     n_P1 = jnp.maximum(valid.sum(1, keepdims=True), 1.0)
     centred = (reward - reward.sum(1, keepdims=True) / n_P1) * valid
     spread = jnp.where(valid_PG, reward, -jnp.inf).max(1) - jnp.where(valid_PG, reward, jnp.inf).min(1)
-    centred = jnp.where((spread > 1e-8)[:, None], centred, 0.0)
+    centred = jnp.where((spread > ZERO_VARIANCE)[:, None], centred, 0.0)
     if norm == "none":
         return centred
     if norm == "std":

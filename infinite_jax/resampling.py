@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infinite_jax import grpo
+from curriculum.triage import ZERO_VARIANCE
 from infinite_jax.rows import Round
 from infinite_jax.types import Rollout
 from rubric.evaluator import Grades
 
 
 def differs(done: Round) -> np.ndarray:
-    """bool[P], groups whose valid rewards are not all equal: those that give a gradient."""
+    """bool[P], groups whose valid rewards are not all equal: those that give a gradient (grpo.group_advantage)."""
     reward_PG, valid_PG = (x.reshape(len(done.chosen), -1) for x in (done.grades.reward_B, done.grades.valid_B))
-    advantage_PG = jax.device_get(grpo.group_advantage(reward_PG, valid_PG, "none"))
-    return (advantage_PG != 0).any(axis=1)
+    high_P = np.where(valid_PG, reward_PG, -np.inf).max(axis=1)
+    low_P = np.where(valid_PG, reward_PG, np.inf).min(axis=1)
+    return high_P - low_P > ZERO_VARIANCE
 
 
 def replace_equal(kept: Round, more: Round) -> Round:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from infinite_jax import rows
+from infinite_jax import resampling, rows
 from infinite_jax.rows import Round
 from rubric import watch
 from rubric.evaluator import Grades
@@ -61,10 +61,8 @@ def of_step(
 
 def differing(done: Round) -> np.ndarray:
     """bool of the groups with two graded replies or more: whether their rewards differ; else nobody learns."""
-    reward_PG, valid_PG = (x.reshape(len(done.chosen), -1) for x in (done.grades.reward_B, done.grades.valid_B))
-    high_P = np.where(valid_PG, reward_PG, -np.inf).max(axis=1)
-    low_P = np.where(valid_PG, reward_PG, np.inf).min(axis=1)
-    return (high_P > low_P)[valid_PG.sum(axis=1) > 1]
+    graded_P = done.grades.valid_B.reshape(len(done.chosen), -1).sum(axis=1)
+    return resampling.differs(done)[graded_P > 1]
 
 
 def mean(x: np.ndarray) -> float | None:

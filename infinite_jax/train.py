@@ -6,10 +6,8 @@ With no argument: the embedded model on the embedded domains, minutes on two CPU
 """
 
 import argparse
-import itertools
 import signal
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -208,11 +206,8 @@ class Failures:
 
     def warn(self) -> None:
         """Of all processes' rows; all call it together."""
-        new = [[*key, rows] for key, rows in self.session.grader.failures.items() if key not in self._said]
-        found = Counter()
-        for domain, reason, rows in itertools.chain.from_iterable(exchange.gather(new)):
-            found[domain, reason] += rows
-        for (domain, reason), rows in found.items():
+        new = {key: rows for key, rows in self.session.grader.failures.items() if key not in self._said}
+        for (domain, reason), rows in ungraded.of_all(new).items():
             self._said.add((domain, reason))
             if multihost.is_first():
                 name = self.session.names[domain]

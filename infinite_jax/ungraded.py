@@ -6,7 +6,9 @@ domains. Later it is another matter: what cannot be graded then is left out of t
 is down for a while must not cost a run.
 """
 
+import itertools
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,16 +18,21 @@ from infinite_jax.session import Session
 from sharding import exchange
 
 
+def of_all(failures: Mapping[tuple[int, str], int]) -> Counter[tuple[int, str]]:
+    """Rows by domain and reason, of all processes, which call it together."""
+    found = Counter()
+    for domain, reason, rows in itertools.chain.from_iterable(exchange.gather([[*k, n] for k, n in failures.items()])):
+        found[domain, reason] += rows
+    return found
+
+
 def refuse(session: Session, results: Results) -> None:
     """Ends all processes with one line and exit code 2 where a domain has no grade in the first evaluation."""
     silent = [name for name, result in results.items() if len(result.greedy_N) and np.isnan(result.greedy_N).all()]
     if not silent:  # alike on all processes
         return
-    name, reasons = silent[0], Counter()
-    told = exchange.gather([[*key, rows] for key, rows in session.grader.failures.items()])
-    for domain, reason, rows in (each for process in told for each in process):
-        if session.names[domain] == name:
-            reasons[reason] += rows
+    name, failures = silent[0], of_all(session.grader.failures)
+    reasons = Counter({reason: rows for (d, reason), rows in failures.items() if session.names[d] == name})
     reason = reasons.most_common(1)[0][0] if reasons else "no reason given"
     others = f" (nor of {', '.join(silent[1:])})" if silent[1:] else ""
     with cli.bad_input():

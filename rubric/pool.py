@@ -32,7 +32,7 @@ IN_A_ROW = 8  # rows of one environment lost with no answer in between (twice th
 
 
 def _spoken(line: bytes) -> Result | Checked:
-    """What `_answer` made, from its line: a check's has three parts."""
+    """What `_answer` of rubric/grading.py made, from its line: a check's has three parts."""
     parts = json.loads(line)
     return Result(*parts) if len(parts) == 2 else Checked(*parts)
 
